@@ -1,0 +1,216 @@
+"""The command line. Mistakes are answered in one line, with exit code 2; torch is imported when needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+
+@dataclass(frozen=True)
+class Race:
+    """Race recipes to a workload's target, interleaved, each on its own clock."""
+
+    workload: Positional[str]
+    """Name of a workload: stdlib-gpt, digits."""
+    recipes: Annotated[tuple[str, ...], arg(metavar="RECIPE ...")] = ()
+    """Names, short forms such as "muon:lr=0.02, rotary_positions" and JSON files, each perhaps followed by
+    "@ batch=8 budget=400" (examples); the first is the reference. Default: the workload's own."""
+    seeds: int = 3
+    """How many seeds."""
+    control: Literal["same", "fresh", "off"] = "same"
+    """Race the reference against itself: on the same seeds, on fresh ones, or not."""
+    target: str | None = None
+    """Which of the workload's targets. Default: its first."""
+    out: Path = Path("runs")
+    """Folder of the runs; what is stored there is not trained again."""
+
+    def run(self) -> int:
+        """Race, print the table, write the report."""
+        from stretto import recipes, workloads
+        from stretto.core import nearest
+        from stretto.measure import live, race
+        from stretto.measure.store import Store
+
+        workload = workloads.find(self.workload)
+        target = self.target or next(iter(workload.targets))
+        if target not in workload.targets:
+            raise ValueError(f"{workload.name} has no target {target!r}; {nearest(target, workload.targets)}")
+        if self.seeds < 1:
+            raise ValueError(f"--seeds is {self.seeds}; it must be 1 or more")
+        if self.recipes:
+            arms = [recipes.arm(text, workload.name, target) for text in self.recipes]
+        else:
+            arms = list(recipes.raced(workload.name, target).values())
+        names = [arm.name for arm in arms]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the recipe {twice!r} is named twice; the control is the reference raced twice")
+        store = Store(self.out)
+        with live.shown(workload.metric, workload.targets[target], workload.falls) as watch:
+            race_id = race.race(
+                workload, arms, store, target=target, seeds=range(self.seeds), control=self.control, watch=watch
+            )
+        return _conclude(store, race_id)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a workload once, to the end of the budget."""
+
+    workload: Positional[str]
+    """Name of a workload."""
+    recipe: str = "baseline"
+    """A name, a short form or a JSON file."""
+    seed: int = 0
+    """Seed of weights and data order."""
+    out: Path = Path("runs")
+    """Folder of the runs; an interrupted run goes on there."""
+
+    def run(self) -> int:
+        """Train and print where the run lies."""
+        from stretto import recipes, workloads
+        from stretto.measure import live, race
+        from stretto.measure.store import Store
+
+        workload = workloads.find(self.workload)
+        arm = recipes.arm(self.recipe, workload.name, next(iter(workload.targets)))
+        store = Store(self.out)
+        with live.shown(workload.metric, None, workload.falls) as watch:
+            race_id = race.race(
+                workload, [arm], store, target=None, seeds=[self.seed], control="off", memory=False, watch=watch
+            )
+        found = store.race(race_id)
+        for run in map(store.run, found["arms"][0]["runs"]):
+            rows = run.rows()
+            last = f", {workload.metric} {rows[-1][workload.metric]:.4f} at step {rows[-1]['step']}" if rows else ""
+            error = f" ({run.record['error']})" if run.record["error"] else ""
+            print(f"{run.record['state']}{error}{last}; the run lies in {run.path}")
+        return 130 if found["interrupted"] else 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a stored race again."""
+
+    race: Positional[str | None] = None
+    """Id of the race. Default: the newest."""
+    out: Path = Path("runs")
+    """Folder of the runs."""
+
+    def run(self) -> int:
+        """Print the table, write the page."""
+        from stretto.measure.store import Store
+
+        store = Store(self.out, write=False)
+        races = store.races()
+        if not races:
+            raise ValueError(f"{self.out} holds no race; run one with: stretto race stdlib-gpt")
+        return _conclude(store, self.race or races[-1])
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The catalogue of methods, or the card of one."""
+
+    name: Positional[str | None] = None
+    """A method."""
+
+    def run(self) -> int:
+        """Print the table or the card."""
+        from stretto import methods
+
+        if self.name:
+            print(methods.card(self.name))
+            return 0
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("method", "place", "what it does", box=None, pad_edge=False)
+        for name, place, summary, _ in methods.table():
+            table.add_row(name, place, summary)
+        Console().print(table)
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What is found here: torch, devices, extras, data."""
+
+    data: Path | None = None
+    """Folder of data sets. Default: the environment's STRETTO_DATA."""
+
+    def run(self) -> int:
+        """Print the findings."""
+        from stretto.doctor import findings
+
+        for what, found in findings(self.data):
+            print(f"{what:22} {found}")
+        return 0
+
+
+COMMANDS: dict[str, type] = {
+    "race": Race, "train": Train, "report": Report, "methods": Methods, "doctor": Doctor,
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 for a mistake in what was asked, 130 after Ctrl-C."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(given[0], COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
+        sys.exit(_mistake(f"there is no command {given[0]!r}; {hint}"))
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="stretto", args=given, description="Train neural networks faster, and measure by how much."
+    )
+    try:
+        sys.exit(command.run())
+    except ValueError as error:
+        if os.environ.get("STRETTO_TRACEBACK"):
+            raise
+        sys.exit(_mistake(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _mistake(text: str) -> int:
+    print(f"stretto: {text}", file=sys.stderr)
+    return 2
+
+
+def _conclude(store: object, race_id: str) -> int:
+    """Print what a race showed and where its report lies."""
+    from rich.console import Console
+
+    from stretto.measure import report, summary
+    from stretto.measure.store import Store
+
+    assert isinstance(store, Store)
+    race = store.race(race_id)
+    found = summary.summarise(store, race)
+    console = Console()
+    if console.is_terminal:
+        console.print(summary.table(found))
+    else:
+        print(summary.plain(found))
+    for _, sentence in found.answers:
+        print(sentence)
+    for warning in found.warnings:
+        print(f"note: {warning}")
+    path = report.write(store, race_id, store.root / "races" / f"{race_id}.html")
+    print(f"report: {path}")
+    if race.get("interrupted"):
+        print("interrupted: everything measured so far is kept, and the same command goes on from there")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,439 @@
+"""Interleaved contests: recipes advance in alternating blocks, each on its own clock, until the target.
+
+Seconds compare inside one sitting only (one call of `race`). A stored run brings its steps; what a step of it
+costs is then measured again beside the new runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from stretto.core import stable_hash
+from stretto.measure.clock import Stopwatch
+from stretto.measure.memory import peak_memory
+from stretto.measure.store import FINISHED, SCHEMA, Run, Store
+from stretto.train import Trainer, checkpoint
+
+if TYPE_CHECKING:
+    from stretto.recipes import Arm
+    from stretto.workloads import Workload
+
+ENDED = (*FINISHED, "failed")
+PROBE_BLOCKS = 20  # in which the cost of a stored run's steps is measured again
+CHECKPOINT_SECONDS = 10.0  # between checkpoints of one run
+Control = Literal["same", "fresh", "off"]
+
+
+class Standing(NamedTuple):
+    """Where one contestant is, for whoever watches."""
+
+    label: str
+    seed: int
+    fraction: float  # of its budget
+    loss: float  # of the last training batch
+    metric: float | None  # at the last evaluation
+    wall: float  # seconds on its clock
+    state: str
+
+
+@dataclass
+class Entry:
+    """An arm in a race: its label, and one run a seed."""
+
+    arm: Arm
+    label: str
+    seeds: tuple[int, ...]
+    replicate: int = 0  # 1 for a control on the same seeds: equal in all but the clock
+    runs: dict[int, Run] = field(default_factory=dict)  # by seed
+    cost: tuple[float, float] | None = None  # wall and CPU seconds of a step, measured again in this sitting
+    parameters: int | None = None
+    memory: int | None = None
+
+
+class Crossing(NamedTuple):
+    """Between which steps a run reached the target, and whether a second evaluation confirmed it."""
+
+    before: int
+    at: int
+    confirmed: bool
+
+
+def find_crossing(
+    rows: Sequence[dict[str, Any]], metric: str, target: float, falls: bool, steps: int
+) -> Crossing | None:
+    """The first crossing of the target that holds at the next evaluation; the last evaluation of a budget
+    confirms itself. An unconfirmed one at the end of `rows` is returned as such.
+    """
+    before, found = 0, None
+    for row in rows:
+        value = row[metric]
+        if value is not None and (value <= target if falls else value >= target):
+            if found:
+                return Crossing(found.before, found.at, True)
+            found = Crossing(before, row["step"], row["step"] >= steps)
+        else:
+            found = None
+        before = row["step"]
+    return found
+
+
+class Contestant:
+    """One run in the making: a trainer, its clock, and its folder."""
+
+    def __init__(self, workload: Workload, entry: Entry, seed: int, run: Run, target: float | None) -> None:
+        self.workload, self.entry, self.seed, self.run, self.target = workload, entry, seed, run, target
+        self.trainer = make_trainer(workload, entry.arm, seed)
+        self.watch = Stopwatch()
+        self.state = "running"
+        self._checkpoint = run.path / "checkpoint.pt"
+        self._saved = time.monotonic()
+        self._resume()
+        steps = self.trainer.plan.steps
+        self.rows = [row for row in run.rows() if row["step"] <= self.trainer.step]
+        count = max(1, round(1 / workload.eval_every))
+        self.marks = sorted({math.ceil(steps * k / count) for k in range(1, count + 1)})
+
+    def _resume(self) -> None:
+        state = checkpoint.load(self._checkpoint)
+        if state:
+            self.trainer.load_state_dict(state["trainer"])
+            self.watch = Stopwatch(**state["watch"])
+            self.run.update(sitting=None, state="running")  # its seconds are of two sittings
+
+    def block(self) -> None:
+        """Train to the next evaluation, on the clock; evaluate and record, off it."""
+        trainer = self.trainer
+        until = next(mark for mark in self.marks if mark > trainer.step)
+        try:
+            with self.watch.ticking():
+                trainer.advance(until - trainer.step)
+        except FloatingPointError as error:
+            return self._end("failed", error=str(error))
+        at = trainer.plan.at(trainer.step)
+        tokens = at.done * at.tokens_per_example if at.tokens_per_example else None
+        row = {
+            "step": at.step, "fraction": at.fraction, "wall": self.watch.wall, "cpu": self.watch.cpu,
+            "examples": at.done, "tokens": tokens, "train_loss": trainer.loss, **trainer.evaluate(),
+        }  # fmt: skip
+        self.run.append(row)
+        self.rows.append(row)
+        self._judge()
+
+    def _judge(self) -> None:
+        crossing, steps = None, self.trainer.plan.steps
+        if self.target is not None:
+            workload = self.workload
+            crossing = find_crossing(self.rows, workload.metric, self.target, workload.falls, steps)
+        if crossing and crossing.confirmed:
+            self._end("target", crossing={"before": crossing.before, "at": crossing.at})
+        elif self.trainer.finished:
+            self._end("done")
+        elif time.monotonic() - self._saved > CHECKPOINT_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Keep what a later call needs to go on from here."""
+        watch = {"wall": self.watch.wall, "cpu": self.watch.cpu}
+        checkpoint.save({"trainer": self.trainer.state_dict(), "watch": watch}, self._checkpoint)
+        self._saved = time.monotonic()
+
+    def interrupt(self) -> None:
+        """Stop here, to go on at a later call."""
+        self.run.update(state="interrupted", clock=self._clock())
+
+    def _end(self, state: str, **fields: Any) -> None:
+        self.state = state
+        self.run.update(state=state, clock=self._clock(), **fields)
+        self._checkpoint.unlink(missing_ok=True)
+
+    def _clock(self) -> dict[str, float]:
+        return {"wall": self.watch.wall, "cpu": self.watch.cpu, "compile": 0.0}
+
+    def standing(self) -> Standing:
+        """Where it is."""
+        metric = self.rows[-1][self.workload.metric] if self.rows else None
+        fraction = self.trainer.step / self.trainer.plan.steps
+        return Standing(
+            self.entry.label, self.seed, fraction, self.trainer.loss, metric, self.watch.wall, self.state
+        )
+
+
+class Probe:
+    """Measures again what a step of a stored run costs, in blocks spread over the steps it took."""
+
+    def __init__(self, workload: Workload, entry: Entry) -> None:
+        run = next(iter(entry.runs.values()))
+        self.entry, self.state = entry, "running"
+        self.trainer = make_trainer(workload, entry.arm, run.record["seed"])
+        self.steps = max(1, max(_steps_counted(run) for run in entry.runs.values()))
+        self.size = max(1, self.steps // PROBE_BLOCKS)
+        self.watch, self.blocks = Stopwatch(), 0
+        self.trainer.advance(1)
+
+    def block(self) -> None:
+        """Some steps from where this block belongs in the run."""
+        last = self.trainer.plan.steps - self.size
+        self.trainer.seek(min(last, self.steps * self.blocks // PROBE_BLOCKS))
+        with self.watch.ticking():
+            self.trainer.advance(self.size)
+        self.blocks += 1
+        if self.blocks == PROBE_BLOCKS:
+            taken = self.blocks * self.size
+            self.entry.cost = (self.watch.wall / taken, self.watch.cpu / taken)
+            self.state = "measured"
+
+    def standing(self) -> Standing:
+        """Where it is."""
+        done = self.blocks / PROBE_BLOCKS
+        label = f"{self.entry.label} (stored; its cost)"
+        return Standing(label, -1, done, self.trainer.loss, None, self.watch.wall, self.state)
+
+    def interrupt(self) -> None:
+        """Nothing to keep: a cost counts when all its blocks are measured."""
+
+
+def make_trainer(workload: Workload, arm: Arm, seed: int) -> Trainer:
+    """The trainer of an arm."""
+    return Trainer(workload, arm.recipe, batch=arm.batch, budget=arm.budget, seed=seed)
+
+
+def race(
+    workload: Workload,
+    arms: Sequence[Arm],
+    store: Store,
+    *,
+    target: str | None,
+    seeds: Sequence[int] = (0, 1, 2),
+    control: Control = "same",
+    memory: bool = True,
+    watch: Callable[[Sequence[Standing]], None] = lambda standings: None,
+) -> str:
+    """Race arms to a target of the workload (None: each to the end of its budget); returns the race's id.
+
+    The first arm is the reference, and the control is the same arm again: on the same seeds, or on fresh ones.
+    What is stored is not trained again. Ctrl-C keeps everything and marks the race as interrupted.
+    """
+    value = None if target is None else workload.targets[target]
+    entries = _entries(arms, tuple(seeds), control)
+    missing: list[tuple[Entry, int]] = []
+    sittings: set[str | None] = set()
+    for entry in entries:
+        for seed in entry.seeds:
+            run = store.find(_identity(workload, entry, seed, value))
+            if run and run.record["state"] in ENDED:
+                entry.runs[seed] = run
+                sittings.add(run.record["sitting"])
+            else:
+                missing.append((entry, seed))
+    whole = not missing and len(sittings) == 1 and None not in sittings
+    sitting = sittings.pop() if whole else secrets.token_hex(6)
+    assert sitting
+    order: list[str] = []
+    interrupted = False
+    try:
+        if not whole:
+            _run_rounds(workload, entries, missing, store, value, sitting, order, watch)
+        for entry in entries:
+            _describe(workload, entry, entries, memory)
+    except KeyboardInterrupt:
+        interrupted = True
+    return store.save_race(_record(workload, entries, value, target, control, sitting, order, interrupted))
+
+
+def _entries(arms: Sequence[Arm], seeds: tuple[int, ...], control: Control) -> list[Entry]:
+    entries = [Entry(arm, arm.name, seeds) for arm in arms]
+    if control != "off":
+        fresh = tuple(seed + 10_000 for seed in seeds) if control == "fresh" else seeds
+        entries.insert(1, Entry(arms[0], f"{arms[0].name} (control)", fresh, int(control == "same")))
+    return entries
+
+
+def _run_rounds(
+    workload: Workload,
+    entries: list[Entry],
+    missing: list[tuple[Entry, int]],
+    store: Store,
+    target: float | None,
+    sitting: str,
+    order: list[str],
+    watch: Callable[[Sequence[Standing]], None],
+) -> None:
+    """Seed by seed, the contestants that are missing, in blocks of random order; probes in the first round."""
+    for arm in {id(entry.arm): entry.arm for entry in entries}.values():
+        make_trainer(workload, arm, seed=0).advance(1)  # what is paid once a process is on nobody's clock
+    waiting: list[Contestant | Probe] = [Probe(workload, entry) for entry in entries if entry.runs]
+    seats = max((len(entry.seeds) for entry in entries), default=0)
+    for seat in range(seats):
+        field: list[Contestant | Probe] = waiting
+        waiting = []
+        for entry, seed in missing:
+            if entry.seeds[seat] == seed:
+                run = _open_run(store, workload, entry, seed, target, sitting)
+                entry.runs[seed] = run
+                field.append(Contestant(workload, entry, seed, run, target))
+        if all(isinstance(one, Probe) for one in field) and seat < seats - 1 and _later(missing, seat):
+            waiting = field  # measure beside new runs, where there are any to come
+            continue
+        _alternate(field, random.Random(stable_hash(sitting, seat)), order, watch)
+
+
+def _later(missing: list[tuple[Entry, int]], seat: int) -> bool:
+    return any(entry.seeds.index(seed) > seat for entry, seed in missing)
+
+
+def _alternate(
+    field: Sequence[Contestant | Probe],
+    chance: random.Random,
+    order: list[str],
+    watch: Callable[[Sequence[Standing]], None],
+) -> None:
+    try:
+        while alive := [one for one in field if one.state == "running"]:
+            chance.shuffle(alive)
+            for one in alive:
+                order.append(one.entry.label)
+                one.block()
+                watch([each.standing() for each in field])
+    except BaseException:
+        for one in field:
+            if one.state == "running":
+                one.interrupt()
+        raise
+
+
+def _open_run(
+    store: Store, workload: Workload, entry: Entry, seed: int, target: float | None, sitting: str
+) -> Run:
+    identity = _identity(workload, entry, seed, target)
+    stored = store.find(identity)
+    if stored and (stored.path / "checkpoint.pt").exists():
+        return stored
+    return store.create(
+        identity,
+        {
+            "schema": SCHEMA, "sitting": sitting, "workload": workload.fields(),
+            "recipe": entry.arm.recipe.to_json(), "budget": identity["budget"], "seed": seed,
+            "arm": entry.label, "execution": identity["execution"], "versions": identity["versions"],
+            "machine": machine(), "state": "running", "error": None, "crossing": None, "clock": None,
+            "memory": None,
+        },
+    )  # fmt: skip
+
+
+def _identity(workload: Workload, entry: Entry, seed: int, target: float | None) -> dict[str, Any]:
+    """Everything that can change a run's outcome."""
+    from stretto import __version__
+
+    arm = entry.arm
+    return {
+        "workload": workload.name,
+        "fields": workload.fields(),
+        "recipe_hash": arm.recipe.hash,
+        "batch": arm.batch or workload.batch,
+        "budget": arm.budget or workload.budget,
+        "target": target,
+        "seed": seed,
+        "replicate": entry.replicate,
+        "execution": {
+            "device": "cpu", "threads": torch.get_num_threads(), "precision": "float32", "compile": False,
+            "parallel": "none",
+        },
+        "versions": {"torch": torch.__version__, "stretto": __version__},
+    }  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """What this machine is, for the record."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+
+
+def _steps_counted(run: Run) -> int:
+    """Steps to the target, or all that were taken."""
+    if run.record["state"] == "target":
+        return int(run.record["crossing"]["at"])
+    rows = run.rows()
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def _describe(workload: Workload, entry: Entry, entries: list[Entry], memory: bool) -> None:
+    """Parameters and peak memory of an arm; kept in its runs, equal for a control."""
+    twin = next((other for other in entries if other.arm is entry.arm and other.parameters), None)
+    if twin:
+        entry.parameters, entry.memory = twin.parameters, twin.memory
+        return
+    trainer = make_trainer(workload, entry.arm, seed=0)
+    entry.parameters = sum(p.numel() for p in trainer.model.parameters())
+    stored = [run.record["memory"] for run in entry.runs.values() if run.record["memory"]]
+    entry.memory = stored[0] if stored else (peak_memory(type(workload), entry.arm) if memory else None)
+    for run in entry.runs.values():
+        if run.record["memory"] != entry.memory:
+            run.update(memory=entry.memory)
+
+
+def _record(
+    workload: Workload,
+    entries: list[Entry],
+    value: float | None,
+    target: str | None,
+    control: Control,
+    sitting: str,
+    order: list[str],
+    interrupted: bool,
+) -> dict[str, Any]:
+    """The race as it is stored: which runs, what they took in this sitting, in which order."""
+    return {
+        "workload": workload.name,
+        "metric": workload.metric,
+        "falls": workload.falls,
+        "fingerprint": workload.fingerprint,
+        "target": value,
+        "target_name": target,
+        "target_valid": workload.fingerprint == workload.measured_on,
+        "reference": entries[0].label,
+        "control": entries[1].label if control != "off" else None,
+        "sitting": sitting,
+        "interrupted": interrupted,
+        "order": order,
+        "arms": [
+            {
+                "name": entry.label,
+                "recipe": entry.arm.recipe.to_json(),
+                "short": str(entry.arm.recipe),
+                "hash": entry.arm.recipe.hash,
+                "batch": entry.arm.batch or workload.batch,
+                "budget": entry.arm.budget or workload.budget,
+                "parameters": entry.parameters,
+                "memory": entry.memory,
+                "runs": [run.id for run in entry.runs.values()],
+                "times": {run.id: _time(entry, run, sitting) for run in entry.runs.values()},
+            }
+            for entry in entries
+        ],
+    }
+
+
+def _time(entry: Entry, run: Run, sitting: str) -> dict[str, Any]:
+    """Seconds to the target (or to the end) that compare inside this sitting, or why there are none."""
+    steps = _steps_counted(run)
+    if run.record["sitting"] == sitting:
+        row = next((row for row in run.rows() if row["step"] == steps), None)
+        return {"wall": row["wall"], "cpu": row["cpu"], "source": "sitting"} if row else {"why": "it has no evaluation"}
+    if entry.cost:
+        return {"wall": entry.cost[0] * steps, "cpu": entry.cost[1] * steps, "source": "remeasured"}
+    return {"why": "it was stored in another sitting, and its cost was not measured again in this one"}

@@ -1,0 +1,145 @@
+"""The catalogue of methods, and the readers of a recipe's short and JSON forms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from stretto.core import Method, Recipe, change, nearest
+from stretto.methods import _cards, _reading
+from stretto.methods.adamw import AdamW
+from stretto.methods.batch_size_warmup import BatchSizeWarmup
+from stretto.methods.cosine import Cosine
+from stretto.methods.either import Either
+from stretto.methods.ema import EMA
+from stretto.methods.gradient_clipping import GradientClipping
+from stretto.methods.label_smoothing import LabelSmoothing
+from stretto.methods.mixup import MixUp
+from stretto.methods.muon import Muon
+from stretto.methods.ngram_embeddings import NGramEmbeddings
+from stretto.methods.qk_norm import QKNorm
+from stretto.methods.rotary_positions import RotaryPositions
+from stretto.methods.sequence_length_warmup import SequenceLengthWarmup
+from stretto.methods.sgd import SGD
+from stretto.methods.short_convolution import ShortConvolution
+from stretto.methods.squared_relu import SquaredReLU
+from stretto.methods.value_embeddings import ValueEmbeddings
+from stretto.methods.warmup_stable_decay import WarmupStableDecay
+from stretto.methods.zero_init_residual import ZeroInitResidual
+
+CATALOGUE: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        # schedules
+        WarmupStableDecay, Cosine, BatchSizeWarmup,
+        # the model and its first values
+        RotaryPositions, SquaredReLU, QKNorm, ShortConvolution, NGramEmbeddings, ValueEmbeddings,
+        ZeroInitResidual,
+        # batches and losses
+        SequenceLengthWarmup, MixUp, Either, LabelSmoothing,
+        # the step and after
+        AdamW, SGD, Muon, GradientClipping, EMA,
+    )
+}  # fmt: skip
+
+
+def find(name: str) -> type[Method]:
+    """The method of this name, whatever its case, hyphens and underscores. Raises ValueError with the nearest."""
+    plain = {_plain(known): method for known, method in CATALOGUE.items()}
+    if _plain(name) not in plain:
+        raise ValueError(f"there is no method {name!r}; {nearest(name.strip().lower(), CATALOGUE)}")
+    return plain[_plain(name)]
+
+
+def parse(text: str) -> Recipe:
+    """A recipe from its short form: "mixup:alpha=0.4, muon:lr=0.02:weight_decay=0.1".
+
+    Methods between commas, fields between colons; brackets protect both: `either:first=(mixup:alpha=0.4)`.
+    Raises ValueError for unknown methods and fields, with the nearest names, and for values of another type.
+    """
+    return Recipe(*(_parse_method(piece) for piece in _reading.split(text, ",") if piece))
+
+
+def from_json(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from what `Recipe.to_json` gave, or the same with fields left out. Raises as `parse` does."""
+    methods = data.get("methods") if isinstance(data, Mapping) else None
+    if not isinstance(methods, list):
+        raise ValueError('a recipe in JSON is {"methods": [{"method": name, field: value, ...}, ...]}')
+    return Recipe(*map(_method_from_json, methods))
+
+
+def card(name: str) -> str:
+    """What there is to know about one method, as plain text."""
+    return _cards.card(find(name))
+
+
+def table() -> list[_cards.Row]:
+    """One row a method: name, places, summary, fields."""
+    return [_cards.row(method) for method in CATALOGUE.values()]
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "").replace("-", "")
+
+
+def _parse_method(text: str) -> Method:
+    name, *assignments = _reading.split(_reading.unwrap_brackets(text), ":")
+    method = find(name)
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        field, equals, value = assignment.partition("=")
+        if not equals:
+            first = next((f.name for f in dataclasses.fields(method)), "field")  # type: ignore[arg-type]
+            raise ValueError(f"{method.name}: {assignment!r} names no field; write {first}={assignment}")
+        if field.strip() in values:
+            raise ValueError(f"{method.name}: {field.strip()} is given twice")
+        values[field.strip()] = _reading.literal(value.strip())
+    return _make(method, values)
+
+
+def _method_from_json(data: Any) -> Method:
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+        raise ValueError(f'a method in JSON is {{"method": name, field: value, ...}}, not {data!r}')
+    return _make(find(data["method"]), {key: value for key, value in data.items() if key != "method"})
+
+
+def _make(method: type[Method], values: dict[str, Any]) -> Method:
+    read = _reading.read_fields(method, values, _nested)
+    required = [f.name for f in dataclasses.fields(method) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    if missing := [name for name in required if name not in read]:
+        raise ValueError(f"{method.name} needs {' and '.join(missing)}")
+    return change(method(**{name: read.pop(name) for name in required}), **read)
+
+
+def _nested(value: Any) -> Method:
+    return _parse_method(value) if isinstance(value, str) else _method_from_json(value)
+
+
+__all__ = [
+    "CATALOGUE",
+    "EMA",
+    "SGD",
+    "AdamW",
+    "BatchSizeWarmup",
+    "Cosine",
+    "Either",
+    "GradientClipping",
+    "LabelSmoothing",
+    "MixUp",
+    "Muon",
+    "NGramEmbeddings",
+    "QKNorm",
+    "RotaryPositions",
+    "SequenceLengthWarmup",
+    "ShortConvolution",
+    "SquaredReLU",
+    "ValueEmbeddings",
+    "WarmupStableDecay",
+    "ZeroInitResidual",
+    "card",
+    "find",
+    "from_json",
+    "parse",
+    "table",
+]

@@ -1,0 +1,64 @@
+"""SGD with momentum and decoupled weight decay. Sutskever et al. 2013; arXiv:1711.05101 for the decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from stretto.core import FactorsMethod, Group, OptimizerMethod, Phase
+from stretto.methods._checks import check_rates, decays
+
+
+class DecoupledSGD(torch.optim.SGD):
+    """torch's SGD whose weight decay shrinks weights by lr * weight_decay, outside the gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Decay, then torch's step."""
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                params = [p for p in group["params"] if p.grad is not None]
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            group["weight_decay"] = 0.0
+        try:
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays):
+                group["weight_decay"] = decay
+
+
+@dataclass(frozen=True)
+class SGD(OptimizerMethod, FactorsMethod):
+    """SGD with (Nesterov) momentum; vectors, norms and biases do not decay.
+
+    State: one value a parameter. The decay is decoupled: lr * weight_decay is what a weight loses a step.
+    Raises ValueError for rates out of range.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    phases = (Phase.UPDATE, Phase.GROUP)
+
+    def __post_init__(self) -> None:
+        check_rates(self, "lr", "weight_decay", betas=(self.momentum,))
+
+    def factors(self, model: nn.Module, name: str, parameter: nn.Parameter) -> dict[str, float]:
+        """No decay on vectors."""
+        return {} if decays(parameter) else {"weight_decay": 0.0}
+
+    def optimizer(self, model: nn.Module, groups: list[Group]) -> Optimizer:
+        """`DecoupledSGD` over the groups."""
+        return DecoupledSGD(
+            groups,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov and self.momentum > 0,
+            weight_decay=self.weight_decay,
+        )

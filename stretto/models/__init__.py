@@ -1,0 +1,1 @@
+"""Small readable models, and `roles`: which part of a model is what."""

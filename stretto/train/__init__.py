@@ -1,0 +1,5 @@
+"""A trainer for people who want one."""
+
+from stretto.train.trainer import Trainer
+
+__all__ = ["Trainer"]

@@ -1,0 +1,118 @@
+"""The trainer: the loop of the README around a workload, that can be advanced and left standing."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stretto.core import Batch, Recipe, stable_hash, stream
+from stretto.plan import Plan
+from stretto.update import Updater
+
+if TYPE_CHECKING:
+    from stretto.workloads import Workload
+
+
+class Trainer:
+    """One run of a workload: `advance(n)` steps and stand; `evaluate()` at any time.
+
+    batch and budget (both in examples) default to the workload's. A step whose loss or gradients are not
+    finite is skipped; `max_skips` of them in a row raise FloatingPointError.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        recipe: Recipe,
+        *,
+        batch: int | None = None,
+        budget: int | None = None,
+        seed: int = 0,
+        slices: int | None = None,
+        microbatch: int | None = None,
+        max_skips: int = 3,
+    ) -> None:
+        self.workload, self.max_skips, self.skips = workload, max_skips, 0
+        self.data = recipe.data(workload.data("train"))
+        with stream(stable_hash(seed, "model")):
+            model = workload.model()
+        self.model = recipe.model(model, seed)
+        self.plan = Plan(
+            recipe,
+            examples=len(self.data),
+            batch=batch or workload.batch,
+            samples=budget or workload.budget,
+            seed=seed,
+            tokens_per_example=workload.tokens_per_example,
+            slices=slices,
+        )
+        self.update = Updater(recipe, self.model, workload.loss, self.plan, microbatch=microbatch)
+        self.loss = math.nan  # of the last batch
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.update.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        return self.step >= self.plan.steps
+
+    def advance(self, steps: int = 1) -> None:
+        """Take this many steps, or as many as the budget has left."""
+        for step in range(self.step, min(self.step + steps, self.plan.steps)):
+            at = self.plan.at(step)
+            batch = Batch(*self.data.take(self.plan.indices(at)))
+            losses: list[Tensor] = []
+            for part in self.update.passes(batch, at):
+                loss = self.update.loss(self.model(part.inputs), part.targets)
+                loss.backward()
+                if self.update.round == 0:
+                    losses.append(loss.detach())
+            self.loss = float(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+            if math.isfinite(self.loss) and self._gradients_finite():
+                self.update.finish(at)
+                self.skips = 0
+            else:
+                self._skip(step)
+
+    def seek(self, step: int) -> None:
+        """Stand before another step with the weights of this one: for measuring what steps there cost."""
+        self.update.step = step
+
+    def evaluate(self) -> dict[str, float]:
+        """The workload's metrics of the weights that the recipe predicts with."""
+        with self.update.evaluating(self.plan.calibration(self.data)) as predict:
+            return self.workload.evaluate(predict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return self.update.state_dict() | {"skips": self.skips}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was taken."""
+        self.update.load_state_dict(state)
+        self.skips = state["skips"]
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        return [(name, p.grad) for name, p in self.update.model.named_parameters() if p.grad is not None]
+
+    def _gradients_finite(self) -> bool:
+        """A sum is finite where all gradients are (and none is so large that squares overflow)."""
+        norms = torch._foreach_norm([gradient for _, gradient in self._gradients()])
+        return bool(torch.stack(norms).isfinite().all())
+
+    def _skip(self, step: int) -> None:
+        self.skips += 1
+        bad = [name for name, gradient in self._gradients() if not gradient.isfinite().all()]
+        self.update.skip()
+        if self.skips >= self.max_skips:
+            raise FloatingPointError(
+                f"{self.skips} steps in a row, the last of them {step}, had no finite loss or gradients "
+                f"(loss {self.loss}; {', '.join(bad[:3]) or 'no parameter'}{' …' if len(bad) > 3 else ''}); "
+                "lower the learning rate or clip gradients"
+            )
