@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import random
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,19 +58,24 @@ def hash_uniform(key: int | Tensor, rows: Tensor, k: int = 1) -> Tensor:
     return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
+_DURATION = re.compile(
+    r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*(step|epoch|sample|token)s?\s*"
+)
+
+
 def parse_duration(duration: Duration) -> tuple[float, str]:
     """Value and unit of a duration: 0.3 -> (0.3, "share"), "500 steps" -> (500.0, "steps").
 
     Raises ValueError for a negative value, a share above 1 and an unknown unit.
     """
     if isinstance(duration, str):
-        found = re.fullmatch(r"\s*([0-9.eE+]+)\s*(steps?|epochs?|samples?|tokens?)\s*", duration)
+        found = _DURATION.fullmatch(duration)
         if not found:
             raise ValueError(
                 f"{duration!r} is no duration; give a share of the run such as 0.3, or a number with "
                 "steps, epochs, samples or tokens, such as '500 steps'"
             )
-        return float(found[1]), found[2].rstrip("s") + "s"
+        return float(found[1]), found[2] + "s"
     if not 0 <= duration <= 1:
         raise ValueError(f"{duration} is no share of a run; a bare number lies in [0, 1], else name its unit")
     return float(duration), "share"
@@ -102,7 +108,11 @@ class At:
         return (self.done + self.batch / 2) / self.planned
 
     def share(self, duration: Duration) -> float:
-        """A duration as a share of this run. Raises ValueError where its unit is unknown to the plan."""
+        """A duration as a share of this run, above 1 where it is longer.
+
+        Steps count as average ones where the batch size changes. Raises ValueError where the unit is unknown
+        to the plan.
+        """
         value, unit = parse_duration(duration)
         if unit == "share":
             return value
@@ -148,8 +158,17 @@ class Batch(NamedTuple):
         """The examples named by a slice, or by indices or a mask (n,), of everything the batch holds."""
         return Batch(*(None if part is None else map_data(lambda t: t[rows], part) for part in self))
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on this device."""
+        move = functools.partial(Tensor.to, device=device, non_blocking=True)
+        return Batch(*(None if part is None else map_data(move, part) for part in self))
+
     def __len__(self) -> int:  # of examples, not of fields
         return len(first_tensor(self.inputs))
+
+
+# namedtuple's own asks for as many fields as `len` says, so that `_replace` would count examples.
+Batch._make = classmethod(tuple.__new__)  # type: ignore[method-assign, assignment]
 
 
 class Mixed(NamedTuple):
@@ -178,7 +197,7 @@ def first_tensor(data: Any) -> Tensor:
 
 
 class Phase(Enum):
-    """Where in its slot a method runs. A phase belongs to its slot: SIZE of batch and of predict never meet."""
+    """Where in its slot a method runs. A phase belongs to its slot: SIZE of batch and predict never meet."""
 
     FILTER = auto()
     PACK = auto()
@@ -221,14 +240,17 @@ class Slot:
     name: str
     order: tuple[Phase, ...]
     many: frozenset[Phase] = frozenset()
+    own: frozenset[Phase] = frozenset()  # where the recipe itself runs, and no method
 
 
 SLOTS: dict[type, Slot] = {}  # slot class -> slot, in the order in which a run meets them
 
 
-def _slot(name: str, order: Iterable[Phase], many: Iterable[Phase] = ()) -> Callable[[type[M]], type[M]]:
+def _slot(
+    name: str, order: Iterable[Phase], many: Iterable[Phase] = (), own: Iterable[Phase] = ()
+) -> Callable[[type[M]], type[M]]:
     def register(cls: type[M]) -> type[M]:
-        SLOTS[cls] = Slot(name, tuple(order), frozenset(many))
+        SLOTS[cls] = Slot(name, tuple(order), frozenset(many), frozenset(own))
         return cls
 
     return register
@@ -252,9 +274,12 @@ class Method(ABC):
                 named = [phase for phase in slot.order if phase in self.phases]
                 if not named and len(slot.order) == 1:
                     named = [slot.order[0]]
-                if not named:
-                    choices = ", ".join(phase.name for phase in slot.order)
-                    raise TypeError(f"{type(self).__name__} names no phase of the slot {slot.name}: {choices}")
+                if not named or not slot.own.isdisjoint(named):
+                    choices = ", ".join(phase.name for phase in slot.order if phase not in slot.own)
+                    found = "a phase that is the recipe's own" if named else "no phase"
+                    raise TypeError(
+                        f"{type(self).__name__} names {found} in the slot {slot.name}; it may name {choices}"
+                    )
                 yield from ((slot_class, slot, phase) for phase in named)
 
     def __str__(self) -> str:
@@ -340,6 +365,7 @@ class BatchMethod(Method):
     "loss",
     (Phase.BASE, Phase.TARGET, Phase.MIXTURE, Phase.PENALTY, Phase.REDUCE),
     many=(Phase.TARGET, Phase.PENALTY),
+    own=(Phase.MIXTURE, Phase.REDUCE),
 )
 class LossMethod(Method):
     """Wraps the loss. MIXTURE and REDUCE are the recipe's own."""
@@ -355,7 +381,7 @@ class PassesMethod(Method):
 
     @abstractmethod
     def passes(self, params: list[nn.Parameter], at: At) -> Iterator[None]:
-        """A generator: each `yield` asks for one forward-backward; it restores in a `finally` what it moved."""
+        """A generator: each `yield` asks for a forward-backward; it restores in a `finally` what it moved."""
 
 
 @_slot("optimizer", (Phase.UPDATE,))
@@ -416,30 +442,44 @@ class PredictMethod(Method):
         """The changed forward; its cost is reported."""
 
 
-# ------------------------------------------------------------------------------------------------------ recipe
-
-
-def _value_text(value: Any) -> str:
-    return short_form(value, "()") if isinstance(value, Method) else str(value).replace(" ", "")
+# ----------------------------------------------------------------------------------------------------- recipe
 
 
 def short_form(method: Method, brackets: str = "") -> str:
     """The method as the command line writes it, fields that differ from their defaults only."""
-    fields = [
-        f"{field.name}={_value_text(getattr(method, field.name))}"
-        for field in dataclasses.fields(method)  # type: ignore[arg-type]
-        if getattr(method, field.name) != field.default
-    ]
+    fields = []
+    for field in dataclasses.fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        if field.default is dataclasses.MISSING or _json_value(value) != _json_value(field.default):
+            text = short_form(value, "()") if isinstance(value, Method) else str(value).replace(" ", "")
+            fields.append(f"{field.name}={text}")
     text = ":".join([method.name, *fields])
     return f"({text})" if brackets and fields else text
 
 
 def method_json(method: Method) -> dict[str, Any]:
-    """Name and all fields, as JSON values; a field that is a method is written the same way."""
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    return {"method": method.name} | {
-        key: method_json(value) if isinstance(value, Method) else value for key, value in values.items()
-    }
+    """Name and all fields, as JSON values; a field that is a method is written the same way.
+
+    Values that are equal are written alike, 1.0 as 1 and a tuple as a list, so that they hash alike. Raises
+    TypeError for a field that JSON cannot hold.
+    """
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    return {"method": method.name} | {f.name: _json_value(getattr(method, f.name)) for f in fields}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Method):
+        return method_json(value)
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 2**53 else float(value)
+    if value is None or isinstance(value, int | str):
+        return value
+    raise TypeError(
+        f"{value!r} of type {type(value).__name__} cannot stand in a recipe; fields of methods hold numbers, "
+        "texts, methods, and tuples of these"
+    )
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -447,12 +487,6 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, count, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
-
-
-class NamedMethod(Protocol):
-    """What `Recipe.replace` and `-` take to say which method: its class."""
-
-    __name__: str
 
 
 class Recipe:
@@ -467,7 +501,13 @@ class Recipe:
         for method in methods:
             if not isinstance(method, Method):
                 way_out = f"{method.__name__}()" if isinstance(method, type) else "stretto.methods.parse(...)"
-                raise ValueError(f"a recipe is made of methods, and {method!r} is none; did you mean {way_out}?")
+                raise ValueError(
+                    f"a recipe is made of methods, and {method!r} is none; did you mean {way_out}?"
+                )
+            if not dataclasses.is_dataclass(method):
+                raise TypeError(
+                    f"{type(method).__name__} is no dataclass; put @dataclass(frozen=True) before it"
+                )
         taken: dict[tuple[str, ...], Method] = {}
         for method in methods:
             for place in {("method", method.name), *_exclusive_places(method)}:
@@ -475,17 +515,21 @@ class Recipe:
                     raise ValueError(_conflict(taken[place], method, place))
                 taken[place] = method
         self.methods = tuple(sorted(methods, key=_running_order))
+        self._slots = {slot_class: self._in_slot(slot_class, slot) for slot_class, slot in SLOTS.items()}
 
-    def of(self, slot_class: type[M]) -> list[M]:
-        """The methods of one slot in running order."""
-        slot = SLOTS[slot_class]
-        found = [
-            (slot.order.index(phase), method.name, method)
-            for method in self.methods
-            for cls, _, phase in method.places()
-            if cls is slot_class
-        ]
-        return [method for _, _, method in sorted(found, key=lambda entry: entry[:2])]  # type: ignore[misc]
+    def of(self, slot_class: Callable[..., M]) -> list[M]:
+        """The methods of one slot in running order; `slot_class` is a class such as BatchMethod."""
+        return self._slots[slot_class]  # type: ignore[return-value, index]
+
+    def _in_slot(self, slot_class: type, slot: Slot) -> list[Method]:
+        first: dict[
+            str, tuple[int, str]
+        ] = {}  # where several of its phases are in one slot, it runs at the first
+        for method in self.methods:
+            for cls, _, phase in method.places():
+                if cls is slot_class:
+                    first.setdefault(method.name, (slot.order.index(phase), method.name))
+        return sorted((m for m in self.methods if m.name in first), key=lambda m: first[m.name])
 
     def __contains__(self, method: type[Method]) -> bool:
         return any(isinstance(mine, method) for mine in self.methods)
@@ -509,7 +553,7 @@ class Recipe:
         raise ValueError(f"the recipe holds no {method.__name__}; it holds {held}")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and self.methods == other.methods
+        return isinstance(other, Recipe) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return int(self.hash, 16)
@@ -526,7 +570,7 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """12 hex digits of a hash of all fields, the same in every process and version that has the fields."""
+        """12 hex digits of a hash of all fields, the same in each process and version that has the fields."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -544,20 +588,29 @@ class Recipe:
         New layers are initialised from streams named after their methods, so that adding a method leaves
         the values of all other layers unchanged. Raises ValueError where a method changed nothing.
         """
-        if getattr(model, "stretto_surgery", None):
+        if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"recipe.model wants the plain model, and was given a {type(model).__name__}; "
+                "surgery comes first, then compiling and sharding"
+            )
+        methods = self.of(ModelMethod)
+        if methods and hasattr(model, "stretto_surgery"):
             raise ValueError("this model went through recipe.model(...) before; build a fresh one")
-        names = {name for name, _ in model.named_parameters()}
-        for method in self.of(ModelMethod):
-            before = _anatomy(model)
-            with stream(stable_hash(seed, method.name)):
+        old = dict(model.named_parameters(remove_duplicate=False))
+        known = {id(parameter) for parameter in old.values()}
+        device = next((parameter.device for parameter in old.values()), torch.device("cpu"))
+        for method in methods:
+            before, _alive = _anatomy(model)
+            with stream(stable_hash(seed, method.name), device):
                 model = method.model(model)
-            if _anatomy(model) == before:
+            if _anatomy(model)[0] == before:
                 raise ValueError(
-                    f"{type(method).__name__} changed nothing in this {type(model).__name__}; take it out of the "
-                    "recipe, or see `stretto methods` for what it looks for"
+                    f"{type(method).__name__} changed nothing in this {type(model).__name__}; "
+                    "take it out of the recipe, or see `stretto methods` for what it looks for"
                 )
-        inserted = tuple(name for name, _ in model.named_parameters() if name not in names)
-        model.stretto_surgery = Surgery(tuple(m.name for m in self.of(ModelMethod)), inserted)  # type: ignore[assignment]
+        if methods:
+            new = (name for name, p in model.named_parameters() if name not in old and id(p) not in known)
+            model.stretto_surgery = Surgery(tuple(map(short_form, methods)), tuple(new))  # type: ignore[assignment]
         return model
 
     def schedule(self, at: At) -> dict[str, float]:
@@ -576,16 +629,14 @@ class Recipe:
                 for key, factor in method.factors(model, name, parameter).items():
                     product[key] = product.get(key, 1.0) * factor
             factors = {key: value for key, value in sorted(product.items()) if value != 1.0}
-            group = groups.setdefault(
-                tuple(factors.items()), {"params": [], "names": [], "factors": factors}
-            )
+            group = groups.setdefault(tuple(factors.items()), {"params": [], "names": [], "factors": factors})
             group["params"].append(parameter)
             group["names"].append(name)
         return list(groups.values())
 
 
 class Surgery(NamedTuple):
-    """What `Recipe.model` leaves on a model: the methods applied, and the names of inserted parameters."""
+    """What `Recipe.model` leaves on a model: its methods' short forms, and the inserted parameters' names."""
 
     methods: tuple[str, ...]
     inserted: tuple[str, ...]
@@ -600,15 +651,26 @@ def change(method: M, **fields: Any) -> M:
     return dataclasses.replace(method, **fields)  # type: ignore[type-var]
 
 
+def generators(device: torch.device) -> list[torch.Generator]:
+    """The global streams that layers on this device draw from."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
 @contextmanager
-def stream(seed: int) -> Iterator[None]:
-    """Within it, torch's CPU draws come from this seed; the caller's stream is untouched."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
+def stream(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Within it, torch's draws (on this device too) come from this seed; the caller's are untouched."""
+    used = generators(device or torch.device("cpu"))
+    states = [generator.get_state() for generator in used]
     try:
+        for generator in used:
+            generator.manual_seed(seed)
         yield
     finally:
-        torch.set_rng_state(state)
+        for generator, state in zip(used, states):
+            generator.set_state(state)
 
 
 def _exclusive_places(method: Method) -> Iterator[tuple[str, ...]]:
@@ -625,8 +687,8 @@ def _conflict(first: Method, second: Method, place: tuple[str, ...]) -> str:
         return f"{a} is listed twice; give it once, or change it with recipe.replace({a}, ...)"
     text = f"{a} and {b} both want {'/'.join(place)}, which holds one; "
     if place[0] == "batch":
-        return text + f"use Either({a}(), {b}()), or drop one: recipe - {b}"
-    return text + f"drop one: recipe - {b}"
+        text += f"use Either({a}(), {b}()), or "
+    return text + f"take one out, as in recipe - {a} + {b}(...)"
 
 
 def _running_order(method: Method) -> tuple[Any, ...]:
@@ -635,17 +697,25 @@ def _running_order(method: Method) -> tuple[Any, ...]:
     return (*first, method.name)
 
 
-def _anatomy(model: nn.Module) -> list[object]:
-    """What surgery can change: the modules and their plain attributes, and how the parameters lie."""
+def _anatomy(model: nn.Module) -> tuple[list[object], list[object]]:
+    """What surgery can change: modules, their hooks and plain attributes, how the parameters lie.
+
+    Then what must stay alive while this is compared, since it goes by identity.
+    """
     parts: list[object] = []
+    alive: list[object] = []
+    plain = int | float | str | bool | None | tuple
     for name, module in model.named_modules(remove_duplicate=False):
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None)}
-        parts.append((name, id(module), type(module), plain, id(vars(module).get("forward"))))
-        parts.extend(id(hook) for hook in module._forward_hooks.values())
-        parts.extend(id(hook) for hook in module._forward_pre_hooks.values())
+        own = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        parts.append((name, id(module), type(module), {k: v for k, v in own.items() if isinstance(v, plain)}))
+        parts.append({key: id(value) for key, value in own.items() if callable(value)})
+        parts.append(list(map(id, hooks)))
+        alive += [module, *own.values(), *hooks]
     for name, p in model.named_parameters(remove_duplicate=False):
-        parts.append((name, id(p), p.dtype, p.device, p.stride(), p.requires_grad))
-    return parts
+        parts.append((name, id(p), p.dtype, p.device, p.shape, p.stride(), p.requires_grad))
+        alive.append(p)
+    return parts, alive
 
 
 __all__ = [
@@ -673,7 +743,6 @@ __all__ = [
     "Recipe",
     "ScheduleMethod",
     "SelectMethod",
-    "Self",
     "StartMethod",
     "State",
     "WrapMethod",

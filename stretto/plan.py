@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch.utils.data import DataLoader, Sampler
 from stretto.core import At, Recipe, ScheduleMethod, stable_hash
 
 CALIBRATION_BATCHES = 32
+GRID = 1024  # points at which a batch-size schedule is read to foresee how many examples some steps take
 
 
 class Plan:
     """Steps, batch sizes and data order of one run; iterating yields `At` from the present step on.
 
     examples: size of the data set. batch: examples a step, over all slices. One of epochs, steps, samples
-    and tokens is the budget; the run takes whole batches and never more than the budget, but at least one.
+    and tokens is the budget: exactly so many steps, or else whole batches that stay within it, at least one.
+    Batches that a schedule scales are multiples of the number of slices, which share a batch equally.
     Data order is a function of (seed, epoch): every example once an epoch, batches may straddle two epochs.
     Raises ValueError for a budget that is missing or given twice, and for a batch its slices cannot share.
     """
@@ -42,55 +44,79 @@ class Plan:
         budgets = {"epochs": epochs, "steps": steps, "samples": samples, "tokens": tokens}
         given = {name: value for name, value in budgets.items() if value is not None}
         if len(given) != 1:
-            raise ValueError(f"a plan has one budget: epochs, steps, samples or tokens; given: {given or 'none'}")
+            raise ValueError(
+                f"a plan has one budget: epochs, steps, samples or tokens; given: {given or 'none'}"
+            )
         [(unit, value)] = given.items()
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"the budget is {value} {unit}; it must be above 0")
         if examples <= 0 or batch <= 0:
             raise ValueError(f"examples ({examples}) and batch ({batch}) must be above 0")
         self.recipe, self.examples, self.batch, self.seed = recipe, examples, batch, seed
-        self.tokens_per_example, self.slices = tokens_per_example, slices or 1
-        if batch % self.slices:
+        self.tokens_per_example, self.slices = tokens_per_example, 1 if slices is None else slices
+        if self.slices < 1 or batch % self.slices:
             raise ValueError(f"a batch of {batch} cannot be cut into {self.slices} equal slices")
         if unit == "tokens" and not tokens_per_example:
             raise ValueError("a budget in tokens needs tokens_per_example")
         if unit == "steps":
-            self.sizes = self._fit(int(value))
+            self.sizes = self._exactly(int(value))
         else:
-            per_unit = {"epochs": examples, "samples": 1, "tokens": 1 / (tokens_per_example or 1)}[unit]
-            self.sizes = self._walk(max(1, int(value * per_unit)))
+            budget = value / (tokens_per_example or 1) if unit == "tokens" else value
+            budget *= examples if unit == "epochs" else 1
+            self.sizes = self._within(max(1, math.floor(budget + 1e-6)))
         self.ends = list(accumulate(self.sizes))  # examples done after each step
         self.planned = self.ends[-1]
         self.step = 0
         self._orders: dict[int, Tensor] = {}
 
-    def _walk(self, samples: int) -> list[int]:
-        """Batch sizes of a run over this many examples, each a function of the fraction done alone."""
+    def _pace(self, samples: int) -> Callable[[float], int] | None:
+        """Batch sizes of a run over so many examples, from examples done; None where nothing paces them."""
         paced = [m for m in self.recipe.of(ScheduleMethod) if "batch_size" in m.paces]
         if not paced:
+            return None
+
+        def size(done: float) -> int:
+            at = At(
+                0, 0, 0, min(int(done), samples - 1), samples, self.seed,
+                examples=self.examples, tokens_per_example=self.tokens_per_example,
+            )  # fmt: skip
+            factor = paced[0].schedule(at)["batch_size"]
+            return max(1, round(self.batch * factor / self.slices)) * self.slices
+
+        return size
+
+    def _within(self, samples: int) -> list[int]:
+        """Batch sizes of a run over at most so many examples."""
+        pace = self._pace(samples)
+        if pace is None:
             return [self.batch] * max(1, samples // self.batch)
         sizes: list[int] = []
         done = 0
-        while True:
-            at = At(0, 0, 0, done, samples, self.seed, examples=self.examples)
-            factor = paced[0].schedule(at)["batch_size"]
-            size = max(1, round(self.batch * factor / self.slices)) * self.slices
-            if done + size > samples and sizes:
-                return sizes
-            sizes.append(size)
-            done += size
-            if done >= samples:
-                return sizes
+        while not sizes or done + pace(done) <= samples:
+            sizes.append(pace(done))
+            done += sizes[-1]
+        return sizes
 
-    def _fit(self, steps: int) -> list[int]:
-        """Batch sizes of a run of exactly this many steps."""
-        low, high = steps, steps * self.batch
-        while len(self._walk(high)) < steps:
-            low, high = high, 2 * high
-        while low < high:  # the smallest budget with so many steps
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(self._walk(middle)) >= steps else (middle + 1, high)
-        return self._walk(low)[:steps]
+    def _exactly(self, steps: int) -> list[int]:
+        """Batch sizes of a run of so many steps."""
+        if steps < 1:
+            raise ValueError(f"the budget is {steps} steps; it must be 1 or more")
+        # Steps are the sum of 1 / size over the examples, so their number foretells how many there will be.
+        # Two rounds, since a schedule given in examples or epochs depends on that number in turn.
+        samples = steps * self.batch
+        for _ in range(2):
+            if (pace := self._pace(samples)) is None:
+                return [self.batch] * steps
+            each = [1 / pace((i + 0.5) / GRID * samples) for i in range(GRID)]
+            samples = max(1, round(steps / (sum(each) / GRID)))
+        pace = self._pace(samples)
+        assert pace is not None
+        sizes: list[int] = []
+        done = 0
+        for _ in range(steps):
+            sizes.append(pace(done))
+            done += sizes[-1]
+        return sizes
 
     @property
     def steps(self) -> int:
@@ -142,10 +168,14 @@ class Plan:
         """A batch sampler for a DataLoader: ids of each batch, from the plan's present step."""
         return _Batches(self)
 
-    def calibration(self, dataset: Any, batches: int = CALIBRATION_BATCHES) -> DataLoader[Any]:
-        """A loader of its own over the batches that precede or follow the present step; loads when iterated."""
+    def calibration(self, dataset: Any, batches: int = CALIBRATION_BATCHES, **loader: Any) -> DataLoader[Any]:
+        """A loader of its own over batches about the present step; it loads only when iterated.
+
+        `loader` goes to the DataLoader (collate_fn, num_workers …). The caller's random state stays as it is.
+        """
         first = max(0, min(self.step, self.steps - batches))
-        return DataLoader(dataset, batch_sampler=_Batches(self, first, min(self.steps, first + batches)))
+        sampler = _Batches(self, first, min(self.steps, first + batches))
+        return DataLoader(dataset, batch_sampler=sampler, **{"generator": torch.Generator(), **loader})
 
 
 class _Batches(Sampler[list[int]]):
@@ -161,16 +191,3 @@ class _Batches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.last - self._start()
-
-
-def check_half_life(half_life_steps: float, steps: int) -> None:
-    """Warn where an average remembers more than the whole run."""
-    if half_life_steps > steps:
-        warnings.warn(
-            f"a half-life of {half_life_steps:.0f} steps is longer than the run of {steps}; "
-            "the average will hardly leave its start",
-            stacklevel=3,
-        )
-
-
-__all__ = ["CALIBRATION_BATCHES", "Plan", "Sequence"]

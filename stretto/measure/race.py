@@ -47,7 +47,7 @@ class Standing(NamedTuple):
     state: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """An arm in a race: its label, and one run a seed."""
 
@@ -96,7 +96,7 @@ class Contestant:
         self.trainer = make_trainer(workload, entry.arm, seed)
         self.watch = Stopwatch()
         self.state = "running"
-        self._checkpoint = run.path / "checkpoint.pt"
+        self._checkpoint = _checkpoint(run)
         self._saved = time.monotonic()
         self._resume()
         steps = self.trainer.plan.steps
@@ -173,10 +173,10 @@ class Probe:
     """Measures again what a step of a stored run costs, in blocks spread over the steps it took."""
 
     def __init__(self, workload: Workload, entry: Entry) -> None:
-        run = next(iter(entry.runs.values()))
         self.entry, self.state = entry, "running"
-        self.trainer = make_trainer(workload, entry.arm, run.record["seed"])
-        self.steps = max(1, max(_steps_counted(run) for run in entry.runs.values()))
+        self.trainer = make_trainer(workload, entry.arm, entry.seeds[0])
+        counted = [_steps_counted(run) for run in entry.runs.values()]
+        self.steps = max(1, max(counted, default=self.trainer.plan.steps))
         self.size = max(1, self.steps // PROBE_BLOCKS)
         self.watch, self.blocks = Stopwatch(), 0
         self.trainer.advance(1)
@@ -272,7 +272,14 @@ def _run_rounds(
     """Seed by seed, the contestants that are missing, in blocks of random order; probes in the first round."""
     for arm in {id(entry.arm): entry.arm for entry in entries}.values():
         make_trainer(workload, arm, seed=0).advance(1)  # what is paid once a process is on nobody's clock
-    waiting: list[Contestant | Probe] = [Probe(workload, entry) for entry in entries if entry.runs]
+    resumed = [
+        entry
+        for entry, seed in missing
+        if (run := store.find(_identity(workload, entry, seed, target))) and _checkpoint(run).exists()
+    ]
+    waiting: list[Contestant | Probe] = [
+        Probe(workload, entry) for entry in entries if entry.runs or entry in resumed
+    ]
     seats = max((len(entry.seeds) for entry in entries), default=0)
     for seat in range(seats):
         field: list[Contestant | Probe] = waiting
@@ -317,7 +324,7 @@ def _open_run(
 ) -> Run:
     identity = _identity(workload, entry, seed, target)
     stored = store.find(identity)
-    if stored and (stored.path / "checkpoint.pt").exists():
+    if stored and _checkpoint(stored).exists():
         return stored
     return store.create(
         identity,
@@ -361,6 +368,10 @@ def machine() -> dict[str, Any]:
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
     return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+
+
+def _checkpoint(run: Run) -> Path:
+    return run.path / "checkpoint.pt"
 
 
 def _steps_counted(run: Run) -> int:

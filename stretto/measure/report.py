@@ -39,7 +39,7 @@ def write(store: Store, race_id: str, path: str | Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(seconds=seconds, count=count, size=size, figure=figure, fields=_fields)
-    environment.filters["drawing"] = Markup
+    environment.filters.update(drawing=Markup, tied=_tied)
     timed = any(point[1] for arm in summary.arms for result in arm.results for point in result.points)
     head, rows = cells(summary)
     page = environment.get_template("report.html.jinja").render(
@@ -69,6 +69,16 @@ def _day(created: str) -> str:
         return created
 
 
+def _tied(text: str) -> str:
+    """Text whose intervals and units stay on one line; in a cell, only a verdict goes to the next."""
+    text = text.replace("one-sided", "one\N{NON-BREAKING HYPHEN}sided")
+    return re.sub(
+        r"(?<=,) (?=[\d.]+\])|(?<=\d) (?=s\b|min\b|h\b|k\b|M\b|MB\b|GB\b|%|seeds?\b)|(?<=x) (?=\[)",
+        "\N{NO-BREAK SPACE}",
+        text,
+    )
+
+
 def _fields(method: dict[str, Any]) -> list[tuple[str, str]]:
     """A method's fields as text."""
     return [(key, json.dumps(value)) for key, value in method.items() if key != "method"]
@@ -94,6 +104,7 @@ SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "stretto",
     "path.simplify": False,
+    "font.size": 10.5,
     "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -138,7 +149,7 @@ class Curves:
 def _curves(summary: Summary, name: str) -> Curves:
     """The metric against "time" or "steps", a line a run, the target dashed."""
     import matplotlib
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     race, axis = summary.race, 1 if name == "time" else 0
     metric, target = race["metric"], race["target"]
@@ -147,7 +158,7 @@ def _curves(summary: Summary, name: str) -> Curves:
     drawn: list[tuple[str, Points]] = []
     late = [] if target is None else [target]  # what the frame must hold: all but the first tenth of a run
     with matplotlib.rc_context(SETTINGS):
-        canvas, axes = _axes(5.2, 3.5, left=46, right=10, top=14, bottom=40)
+        canvas, axes = _axes(5.2, 3.5, left=46, right=42, top=14, bottom=40)
         for index, arm, result in runs:
             points = _thinned([point for point in result.points if axis == 0 or point[1]], most)
             late += [point[2] for point in points[len(points) // 10 :]]
@@ -168,23 +179,31 @@ def _curves(summary: Summary, name: str) -> Curves:
             drawn.append((f"{arm.label}, seed {result.seed}", points))
         if target is not None:
             axes.axhline(target, color=INK, linestyle=(0, (4, 3)), linewidth=0.9)
-            where = (4, -11) if race["falls"] else (4, 4)
-            axes.annotate("target", (0, target), where, ("axes fraction", "data"), "offset points")
+            axes.annotate("target", (1, target), (5, -3), ("axes fraction", "data"), "offset points")
         if axis:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("training time in seconds, logarithmic" if axis else "steps")
         axes.set_ylabel(metric)
         low, high = min(late, default=0.0), max(late, default=1.0)
         axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.06 * (high - low or 1))
-        svg = _svg(canvas, name, f"{metric} against {name}, a line a run; the runs' ends are in the table below")
+        svg = _svg(
+            canvas, name, f"{metric} against {name}, a line a run; the runs' ends are in the table below"
+        )
         frame = axes.get_window_extent()
         lines = []
         for label, points in drawn:
-            spots = [axes.transData.transform((point[axis], point[2])) for point in points]
+            spots = [axes.transData.transform((point[axis] or 0, point[2])) for point in points]
             inside = [
-                [round(float(x), 1), round(float(canvas.bbox.height - y), 1), step, _short(wall), _short(value)]
+                [
+                    round(float(x), 1),
+                    round(float(canvas.bbox.height - y), 1),
+                    step,
+                    _short(wall),
+                    _short(value),
+                ]
                 for (x, y), (step, wall, value) in zip(spots, points)
                 if frame.y0 <= y <= frame.y1
             ]
@@ -213,7 +232,7 @@ def _forest(summary: Summary) -> str | None:
         return None
     ends = [1.0]
     with matplotlib.rc_context({**SETTINGS, "axes.spines.left": False}):
-        canvas, axes = _axes(5.2, 0.75 + 0.5 * len(arms), left=92, right=108, top=8, bottom=36)
+        canvas, axes = _axes(5.2, 0.75 + 0.5 * len(arms), left=104, right=116, top=8, bottom=36)
         for row, (index, arm, wall) in enumerate(arms):
             colour = STAND_INS[_colour(summary, index)]
             for found, y, face in ((wall, row - 0.13, colour), (arm.cpu, row + 0.17, "none")):
@@ -223,13 +242,21 @@ def _forest(summary: Summary) -> str | None:
                 if found.method == "bound":
                     mark = ">" if found.low > 0 else "<"
                 else:
-                    axes.plot(limits, [y] * len(limits), color=colour, linewidth=1.0 if face == "none" else 1.8)
+                    axes.plot(
+                        limits, [y] * len(limits), color=colour, linewidth=1.0 if face == "none" else 1.8
+                    )
                 places = [found.estimate] if found.estimate else limits
                 axes.plot(
-                    places, [y] * len(places), mark, color=colour, markerfacecolor=face, markersize=6, zorder=3
+                    places,
+                    [y] * len(places),
+                    mark,
+                    color=colour,
+                    markerfacecolor=face,
+                    markersize=6,
+                    zorder=3,
                 )
                 ends += limits + places
-            words = wall.figures.replace("too few seeds for an interval", "no interval")
+            words = wall.figures.split(" (")[0]
             axes.annotate(words, (1, row), (8, -3), ("axes fraction", "data"), "offset points")
         axes.axvline(1, color=INK, linewidth=0.9)
         axes.set_xscale("log")
@@ -240,7 +267,7 @@ def _forest(summary: Summary) -> str | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(len(arms) - 0.4, -0.6)
-        names = [arm.label if len(arm.label) < 18 else arm.label[:16] + "…" for _, arm, _ in arms]
+        names = [arm.label if len(arm.label) < 19 else arm.label[:17] + "…" for _, arm, _ in arms]
         axes.set_yticks(range(len(arms)), names, color=INK)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("times sooner, logarithmic")
@@ -261,7 +288,7 @@ def _axes(width: float, height: float, left: int, right: int, top: int, bottom: 
 
 
 def _svg(canvas: Figure, name: str, label: str) -> str:
-    """The figure as an element of the page: own ids, the page's colours and font, no metadata, no outer style."""
+    """The figure as an element of the page: own ids, the colours and font of the page, no metadata."""
     from markupsafe import escape
 
     file = io.StringIO()

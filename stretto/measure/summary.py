@@ -20,7 +20,7 @@ Points = list[tuple[int, float | None, float]]  # (step, wall seconds, metric) o
 
 @dataclass(frozen=True)
 class Result:
-    """One run that counts: `steps`, `wall` and `cpu` (seconds) are to the target, or to the end if it missed."""
+    """One run that counts: its steps and seconds to the target, or to its end if it missed."""
 
     run: str
     seed: int
@@ -37,8 +37,12 @@ class Result:
     points: Points
 
     def outcome(self, unit: str) -> Outcome:
-        """The run as statistics wants it, in "wall", "cpu" or "steps"; a run that failed at once bounds nothing."""
-        return Outcome(self.seed, max(getattr(self, unit), 1e-6), self.reached)
+        """The run as statistics wants it, in "wall", "cpu" or "steps"; failed at once, it bounds nothing."""
+        return Outcome(self.seed, getattr(self, unit) or 1e-6, self.reached)
+
+    def counted(self, unit: str) -> bool:
+        """Whether its seconds count in this race; a failed run counts as a miss even without any."""
+        return getattr(self, unit) is not None or self.state == "failed"
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,12 @@ class Arm:
     @property
     def timed(self) -> bool:
         """Whether every run has seconds that count in this race."""
-        return bool(self.results) and all(result.wall is not None for result in self.results)
+        return bool(self.results) and all(result.counted("wall") for result in self.results)
 
     @property
     def why(self) -> str:
         """Why there are only steps."""
-        return next((result.why for result in self.results if result.wall is None), "")
+        return next((result.why for result in self.results if not result.counted("wall")), "")
 
     def mean(self, unit: str) -> float | None:
         """Geometric mean of "wall", "cpu" or "steps" to the target; none unless every run reached it."""
@@ -97,14 +101,17 @@ class Summary:
 
     race: dict[str, Any]
     arms: tuple[Arm, ...]
-    answers: tuple[tuple[Arm, str], ...]  # a verdict in a sentence, for each arm but reference and control
+    answers: tuple[
+        tuple[Arm, str], ...
+    ]  # verdicts in sentences, the best first, reference and control left out
     warnings: tuple[str, ...]
     runs: tuple[Run, ...]
 
     @property
     def goal(self) -> str:
         """The target in words: "loss 2.01"."""
-        return f"{self.race['metric']} {self.race['target']:g}"
+        target = self.race["target"]
+        return "the end of its budget" if target is None else f"{self.race['metric']} {target:g}"
 
 
 def summarise(store: Store, race: dict[str, Any]) -> Summary:
@@ -112,12 +119,13 @@ def summarise(store: Store, race: dict[str, Any]) -> Summary:
     stored = {run.id: run for run in store.runs(race["workload"])}
     arms = [_arm(race, arm, stored) for arm in race["arms"]]
     reference = next((arm for arm in arms if arm.name == race["reference"]), None)
-    if reference:
+    if reference and race["target"] is not None:
         arms = [arm if arm is reference else _against(reference, arm) for arm in arms]
     runs = [stored[run] for arm in race["arms"] for run in arm["runs"] if run in stored]
     summary = Summary(race, tuple(arms), (), (), tuple(runs))
     answers = [(arm, _answer(summary, reference, arm)) for arm in arms if arm.name != race.get("control")]
     answers = [answer for answer in answers if answer[0] is not reference or len(answers) == 1]
+    answers.sort(key=lambda answer: _rank(answer[0]), reverse=True)
     return Summary(race, tuple(arms), tuple(answers), tuple(_warnings(summary)), tuple(runs))
 
 
@@ -131,7 +139,7 @@ def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
         last = [result.last for result in arm.results if result.last is not None]
         row = [arm.label, f"{arm.hits}/{len(arm.results)}"]
         row += [arm.reached_in("wall", seconds), arm.reached_in("cpu", seconds)]
-        if arm.name == summary.race["reference"]:
+        if arm.name == summary.race["reference"] and summary.race["target"] is not None:
             row += ["reference", "", ""]
         else:
             row += [_verdict(summary, arm.wall), _verdict(summary, arm.cpu)]
@@ -199,16 +207,18 @@ def _result(race: dict[str, Any], timing: dict[str, Any] | None, run: Run) -> Re
     steps = crossing["at"] if crossing else end.get("step", 0)
     clock = record.get("clock") or {}
     own = {unit: at.get(unit) if crossing else clock.get(unit, end.get(unit)) for unit in ("wall", "cpu")}
-    if timing is None and record.get("sitting") == race.get("sitting"):
+    here = record.get("sitting") == race.get("sitting")
+    if timing is None and here:
         timing = {**own, "source": "sitting"}
-    timing = timing or {"why": "it was stored in another sitting"}
+    if timing is None or (timing.get("source") == "sitting" and not here):  # it went on elsewhere since
+        timing = {"why": "it was trained in another sitting"}
     wall = timing.get("wall")
     scale = wall / own["wall"] if wall and own["wall"] else None  # stored steps at the cost measured now
     return Result(
         run=run.id,
         seed=record["seed"],
         state=record["state"],
-        reached=crossing is not None,
+        reached=crossing is not None or (race["target"] is None and record["state"] == "done"),
         steps=steps,
         wall=wall,
         cpu=timing.get("cpu"),
@@ -241,9 +251,9 @@ def _against(reference: Arm, arm: Arm) -> Arm:
             for one in (reference, arm)
         ]
         parts = decompose(*pairs[0], *pairs[1])
-    has_cpu = timed and all(r.cpu is not None for one in (reference, arm) for r in one.results)
-    values = {"wall": ratio("wall") if timed else None, "cpu": ratio("cpu") if has_cpu else None}
-    return replace(arm, **values, steps=ratio("steps"), parts=parts)
+    has_cpu = timed and all(r.counted("cpu") for one in (reference, arm) for r in one.results)
+    wall, cpu = ratio("wall") if timed else None, ratio("cpu") if has_cpu else None
+    return replace(arm, wall=wall, cpu=cpu, steps=ratio("steps"), parts=parts)
 
 
 # ---- words
@@ -254,25 +264,24 @@ def _answer(summary: Summary, reference: Arm | None, arm: Arm) -> str:
     goal, seeds = summary.goal, f"{len(arm.results)} seed{'s' * (len(arm.results) != 1)}"
     if not arm.results:
         return f"{arm.label} has no finished run."
-    unit, show = ("wall", seconds) if arm.timed else ("steps", _in_steps)
+    timed = arm.timed and (reference is None or reference.timed)
+    unit, show = ("wall", seconds) if timed else ("steps", _in_steps)
     if arm.hits == len(arm.results):
         text = f"{arm.label} reached {goal} in {arm.reached_in(unit, show)}"
     elif arm.hits:
         text = f"{arm.label} reached {goal} in only {arm.hits} of {len(arm.results)} runs"
     else:
         text = f"{arm.label} did not reach {goal} in any of {len(arm.results)} runs"
-    if reference is None or arm is reference or not reference.results:
+    if arm.steps is None or reference is None:
         return f"{text} ({seeds})."
     if reference.hits == len(reference.results):
-        if reference.timed or unit == "steps":
-            text += f" where {reference.label} took {reference.reached_in(unit, show)}"
+        text += f" where {reference.label} took {reference.reached_in(unit, show)}"
     else:
         missed = len(reference.results) - reference.hits
         text += f"; {reference.label} missed it in {missed} of {len(reference.results)} runs"
     found = arm.wall or arm.steps
-    assert found is not None
-    what = f"{_verdict(summary, found)} ({seeds}, {'wall time' if arm.wall else 'in steps'})"
-    text = f"{text}: {what}."
+    verdict = _verdict(summary, found).replace("] not", "], not")
+    text += f": {verdict} ({seeds}, {'wall time' if arm.wall else 'in steps'})."
     if arm.wall is None:
         text += f" Seconds are not compared: {arm.why or reference.why}."
     if found.verdict == "not resolved" and found.spread and summary.race["target_valid"]:
@@ -281,10 +290,22 @@ def _answer(summary: Summary, reference: Arm | None, arm: Arm) -> str:
     return text
 
 
+def _rank(arm: Arm) -> tuple[bool, float]:
+    """Arms with seconds before those with steps only, larger speed-ups first."""
+    found = arm.wall or arm.steps
+    return arm.wall is not None, (found.estimate or found.low) if found else 0.0
+
+
 def _warnings(summary: Summary) -> list[str]:
     """What a reader must know before believing the table."""
     race, found = summary.race, []
-    if not race["target_valid"]:
+    if race.get("interrupted"):
+        found.append("The race was interrupted: this is what it has so far.")
+    if race["target"] is None:
+        found.append(
+            "This race had no target: each recipe trained to the end of its budget, and none is ahead."
+        )
+    elif not race["target_valid"]:
         found.append(
             "The data found here is not the data that the target was set on (its fingerprint differs), "
             "so there is no verdict."

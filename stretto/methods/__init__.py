@@ -45,7 +45,7 @@ CATALOGUE: dict[str, type[Method]] = {
 
 
 def find(name: str) -> type[Method]:
-    """The method of this name, whatever its case, hyphens and underscores. Raises ValueError with the nearest."""
+    """The method of this name, in any case, with or without hyphens. Raises ValueError with the nearest."""
     plain = {_plain(known): method for known, method in CATALOGUE.items()}
     if _plain(name) not in plain:
         raise ValueError(f"there is no method {name!r}; {nearest(name.strip().lower(), CATALOGUE)}")

@@ -46,8 +46,8 @@ class LabelSmoothing(LossMethod):
     """Trains on targets pulled towards uniform; equal to `F.cross_entropy(label_smoothing=...)`.
 
     Costs a second evaluation of the loss. Helps image classification over many epochs; there is little to
-    gain where data is seen once, and the printed training loss includes it. Raises ValueError for outputs
-    without classes.
+    gain where data is seen once, and the printed training loss includes it. The loss must take dense targets;
+    torch's takes none where its ignore_index is 0 or more. Raises ValueError for outputs without classes.
     """
 
     smoothing: float = 0.1  # weight of the uniform target

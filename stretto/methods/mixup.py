@@ -69,4 +69,4 @@ class MixUp(BatchMethod):
             )
         inputs = map_data(lambda t: mixup(t, share, partner) if t.is_floating_point() else t, batch.inputs)
         mixed = Mixed(batch.targets, map_data(lambda t: t[partner], batch.targets), share)
-        return batch._replace(inputs=inputs, targets=mixed)
+        return Batch(inputs, mixed, batch.rows, batch.index)

@@ -74,7 +74,7 @@ class SequenceLengthWarmup(BatchMethod):
 
         inputs, targets = map_data(shorten, batch.inputs), map_data(shorten, batch.targets)
         if not self.reshape:
-            return batch._replace(inputs=inputs, targets=targets)
+            return Batch(inputs, targets, batch.rows, batch.index)
         rows, index = (
             None if ids is None else torch.repeat_interleave(ids, full // length)
             for ids in (batch.rows, batch.index)

@@ -51,6 +51,9 @@ class Trainer:
         )
         self.update = Updater(recipe, self.model, workload.loss, self.plan, microbatch=microbatch)
         self.loss = math.nan  # of the last batch
+        self._parameters = [p for p in self.update.model.parameters() if p.requires_grad]
+        device = self._parameters[0].device
+        self._found, self._one = torch.zeros(1, device=device), torch.ones(1, device=device)
 
     @property
     def step(self) -> int:
@@ -98,17 +101,17 @@ class Trainer:
         self.update.load_state_dict(state)
         self.skips = state["skips"]
 
-    def _gradients(self) -> list[tuple[str, Tensor]]:
-        return [(name, p.grad) for name, p in self.update.model.named_parameters() if p.grad is not None]
-
     def _gradients_finite(self) -> bool:
-        """A sum is finite where all gradients are (and none is so large that squares overflow)."""
-        norms = torch._foreach_norm([gradient for _, gradient in self._gradients()])
-        return bool(torch.stack(norms).isfinite().all())
+        """One pass over all gradients, the check that GradScaler makes; they are multiplied by 1."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        found = self._found.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
+        return not found.item()
 
     def _skip(self, step: int) -> None:
         self.skips += 1
-        bad = [name for name, gradient in self._gradients() if not gradient.isfinite().all()]
+        named = self.update.model.named_parameters()
+        bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
         self.update.skip()
         if self.skips >= self.max_skips:
             raise FloatingPointError(

@@ -1,0 +1,83 @@
+"""Laws of the compiled graph: whole, one over all steps while the clock moves, and equal to eager."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from worlds import NAMES, WORLDS, example, worlds_of
+
+from stretto.core import LossMethod, ModelMethod, Recipe
+from stretto.plan import Plan
+from stretto.timed import Clock, Timed
+from stretto.update import per_example
+
+MODELS = [(n, w.name) for n in NAMES if isinstance(example(n), ModelMethod) for w in worlds_of(n)]
+LOSSES = [(n, w.name) for n in NAMES if isinstance(example(n), LossMethod) for w in worlds_of(n)]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def _one_graph(function, at_each_step, arguments, weights=()):
+    """Compile, run over steps of a plan, compare outputs and gradients with eager, count graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for at in Plan(Recipe(), 24, 4, steps=3):
+        at_each_step(at)
+        results = []
+        for run in (compiled, function):
+            value = run(*arguments)
+            results.append((value, torch.autograd.grad(value.sum(), weights) if weights else ()))
+        (fast, fast_gradients), (slow, slow_gradients) = results
+        torch.testing.assert_close(fast, slow)
+        torch.testing.assert_close(fast_gradients, slow_gradients)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name, world", MODELS)
+def test_models_are_one_graph(name, world):
+    world = WORLDS[world]
+    model = Recipe(example(name)).model(world.model())
+    timed = [module for module in model.modules() if isinstance(module, Timed)]
+
+    def advance(at):
+        for module in timed:
+            module.advance(at)
+
+    _one_graph(model, advance, (world.inputs[:4],), tuple(p for p in model.parameters() if p.requires_grad))
+
+
+def test_all_surgery_together_is_one_graph():
+    recipe = Recipe(*(example(name) for name, world in MODELS if world == "text"))
+    model = recipe.model(WORLDS["text"].model())
+    _one_graph(model, lambda at: None, (WORLDS["text"].inputs[:4],), tuple(model.parameters()))
+
+
+@pytest.mark.parametrize("name, world", LOSSES)
+def test_losses_are_one_graph(name, world):
+    world, clock = WORLDS[world], Clock()
+    loss = example(name).loss(per_example(world.loss), clock)
+    outputs = world.model()(world.inputs[:4]).detach().requires_grad_()
+    _one_graph(loss, clock.advance, (outputs, world.targets[:4]), (outputs,))
+
+
+def test_a_clock_that_moves_is_one_graph():
+    """The time is read inside the graph, and its values are those of now, not of the tracing."""
+    clock = Clock()
+    x = torch.ones(4, 2)
+
+    def draw(x):
+        return x * clock.fraction + clock.uniform("test", 4, 2)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(draw, fullgraph=True, backend=counter)
+    seen = []
+    for at in Plan(Recipe(), 24, 4, steps=5):
+        clock.advance(at, row=at.step)
+        seen.append(compiled(x))
+        torch.testing.assert_close(seen[-1], draw(x))
+    assert counter.frame_count == 1
+    assert all(not torch.equal(seen[0], later) for later in seen[1:])

@@ -1,0 +1,131 @@
+"""Laws of training: finite, repeatable, resumable, and indifferent to how a batch is cut."""
+
+import math
+
+import pytest
+import torch
+from worlds import (
+    ALLOWED,
+    CASES,
+    NAMES,
+    PAIR_CASES,
+    STEPS,
+    TAKES_COMPANY,
+    WORLDS,
+    assert_same,
+    recipe_of,
+    train,
+    worlds_of,
+)
+
+from stretto.core import Mixed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_has_a_world(name):
+    assert worlds_of(name), f"{name} works in no world; give it one in worlds.py"
+
+
+@pytest.mark.parametrize("name, world", CASES)
+def test_trains(name, world):
+    trace = train(WORLDS[world], recipe_of(name))
+    assert len(trace.losses) == STEPS and all(map(math.isfinite, trace.losses))
+    weights = WORLDS[world].model().state_dict()
+    moved = [key for key, value in trace.update.model.state_dict().items() if key in weights]
+    assert any(not torch.equal(weights[key], trace.update.model.state_dict()[key]) for key in moved)
+
+
+@pytest.mark.parametrize("name, world", CASES)
+def test_acts(name, world):
+    """A method that is listed and does nothing would pass every other law."""
+    with_it, without = train(WORLDS[world], recipe_of(name)), train(WORLDS[world], recipe_of("adamw"))
+    if name != "adamw":
+        same = with_it.losses == without.losses
+        assert not same or with_it.update.state.get(name), f"{name} left every loss as it was"
+
+
+@pytest.mark.parametrize("name, world", CASES)
+def test_the_same_seed_gives_the_same_bits(name, world):
+    first, second = (train(WORLDS[world], recipe_of(name)) for _ in range(2))
+    assert_same(first.losses, second.losses)
+    assert_same(first.state, second.state)
+    other = train(WORLDS[world], recipe_of(name), seed=4)
+    assert other.losses != first.losses
+
+
+@pytest.mark.parametrize("name, world", CASES)
+def test_resumed_equals_uninterrupted(name, world):
+    recipe = recipe_of(name)
+    whole = train(WORLDS[world], recipe)
+    half = train(WORLDS[world], recipe, until=STEPS // 2)
+    rest = train(WORLDS[world], recipe, state=half.state)
+    assert_same(half.losses + rest.losses, whole.losses)
+    assert_same(rest.state, whole.state)
+
+
+@pytest.mark.parametrize("first, second, world", PAIR_CASES)
+def test_pairs_resume_and_do_not_care_for_the_order_of_listing(first, second, world):
+    """One way round without a stop, the other way round with one: the same bits."""
+    whole = train(WORLDS[world], recipe_of(first, second))
+    half = train(WORLDS[world], recipe_of(second, first), until=STEPS // 2)
+    rest = train(WORLDS[world], recipe_of(second, first), state=half.state)
+    assert all(map(math.isfinite, whole.losses))
+    assert_same(half.losses + rest.losses, whole.losses)
+    assert_same(rest.state, whole.state)
+
+
+def test_most_pairs_have_a_world():
+    alone = [pair for pair in ALLOWED if not worlds_of(*pair)]
+    images = {"mixup", "either"}
+    assert all(len(images & set(pair)) == 1 for pair in alone), (
+        alone
+    )  # what blends images, with what needs tokens
+
+
+@pytest.mark.parametrize("name, world", CASES)
+@pytest.mark.parametrize("cut", [2, 4])
+def test_micro_batches_see_the_same_rows(name, world, cut):
+    whole = train(WORLDS[world], recipe_of(name), batch=8, dtype=torch.float64)
+    parts = train(WORLDS[world], recipe_of(name), batch=8, dtype=torch.float64, microbatch=8 // cut)
+    assert_same(parts.batches, whole.batches)
+    if world == "text":  # batch norm sees its own micro-batch
+        assert parts.losses == pytest.approx(whole.losses, abs=1e-6)
+
+
+@pytest.mark.parametrize("name, world", CASES)
+@pytest.mark.parametrize("slices", [2, 4])
+def test_slices_see_the_same_rows(name, world, slices):
+    whole = train(WORLDS[world], recipe_of(name), batch=16, dtype=torch.float64)
+    sliced = train(WORLDS[world], recipe_of(name), batch=16, dtype=torch.float64, slices=slices)
+    if name not in TAKES_COMPANY:
+        assert_same(sliced.batches, whole.batches)
+        if world == "text":
+            assert sliced.losses == pytest.approx(whole.losses, abs=1e-6)
+    for mine, other in zip(sliced.batches, whole.batches, strict=True):
+        assert_same((mine.rows, mine.index), (other.rows, other.index))
+        if isinstance(mine.targets, Mixed):
+            assert_same(mine.targets.share, other.targets.share)
+            assert_same(mine.targets.first, other.targets.first)
+
+
+@pytest.mark.parametrize("name, world", CASES)
+def test_the_global_stream_of_chance_is_left_alone(name, world):
+    """Building a net draws from it; a recipe's surgery and steps must not."""
+    torch.manual_seed(11)
+    WORLDS[world].model()
+    built = torch.get_rng_state()
+    torch.manual_seed(11)
+    train(WORLDS[world], recipe_of(name), until=2)
+    assert torch.equal(built, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name, world", CASES)
+def test_adding_a_method_leaves_the_data_order_alone(name, world):
+    """Comparisons are paired: the arms see the same examples in the same order."""
+    with_it, without = train(WORLDS[world], recipe_of(name)), train(WORLDS[world], recipe_of("adamw"))
+    seen, plain = (
+        torch.cat([batch.index.unique_consecutive() for batch in trace.batches])
+        for trace in (with_it, without)
+    )
+    shared = min(len(seen), len(plain))
+    assert torch.equal(seen[:shared], plain[:shared])

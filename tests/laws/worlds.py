@@ -1,0 +1,203 @@
+"""Tiny worlds in which every method of the catalogue is run, and the settings that let it act in six steps.
+
+A new method enters every law by standing in the catalogue: with its defaults and in all worlds, unless
+SETTINGS or WORKS_IN say otherwise.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stretto import methods
+from stretto.core import Batch, Method, Mixed, OptimizerMethod, Recipe, stable_hash
+from stretto.models.gpt import GPT, next_token_loss
+from stretto.models.resnet import ResNet
+from stretto.plan import Plan
+from stretto.update import Updater
+
+STEPS = 6
+EXAMPLES = 24
+
+
+@dataclass(frozen=True)
+class World:
+    name: str
+    build: Callable[[], nn.Module]
+    loss: Callable[..., Tensor]
+    inputs: Tensor
+    targets: Tensor
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The same weights each time, all of them random: what is zero at first could hide a fault."""
+        model = self.build().to(dtype)
+        scramble_weights(model)
+        return model
+
+
+def scramble_weights(model: nn.Module) -> None:
+    """Values that depend on the name of a parameter alone."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            generator = torch.Generator().manual_seed(stable_hash("weights", name))
+            draws = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p.copy_(draws * 0.3 + (1.0 if p.ndim == 1 and name.endswith("weight") else 0.0))
+
+
+def _text() -> World:
+    tokens = torch.randint(0, 17, (EXAMPLES, 17), generator=torch.Generator().manual_seed(1))
+    targets = tokens[:, 1:].clone()
+    targets[::5, :4] = -100  # some tokens do not count, unevenly
+    return World("text", lambda: GPT(17, 16, 16, 2, 2), next_token_loss, tokens[:, :-1], targets)
+
+
+def _images() -> World:
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(EXAMPLES, 1, 6, 6, generator=generator)
+    targets = torch.randint(0, 3, (EXAMPLES,), generator=generator)
+    return World("images", lambda: ResNet(1, 3, (4, 8)), F.cross_entropy, images, targets)
+
+
+WORLDS = {world.name: world for world in (_text(), _images())}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "either": {"first": methods.MixUp(0.3), "second": methods.MixUp(3.0)},
+    "ema": {"half_life": 0.3},
+    "label_smoothing": {"smoothing": 0.2},
+    "ngram_embeddings": {"rows": 64},
+    "sequence_length_warmup": {"over": 0.7},
+    "batch_size_warmup": {"over": 0.7},
+    "gradient_clipping": {"norm": 0.5},
+}
+WORKS_IN: dict[str, tuple[str, ...]] = {
+    "either": ("images",),
+    "mixup": ("images",),
+    "sequence_length_warmup": ("text",),
+    **dict.fromkeys(
+        (
+            "rotary_positions", "squared_relu", "qk_norm", "short_convolution", "ngram_embeddings",
+            "value_embeddings",
+        ),
+        ("text",),
+    ),
+}  # fmt: skip
+TAKES_COMPANY = {"mixup", "either"}  # whose rows depend on who shares the slice
+
+
+def example(name: str) -> Method:
+    return methods.CATALOGUE[name](**SETTINGS.get(name, {}))
+
+
+def worlds_of(*names: str) -> list[World]:
+    """Where all these methods work."""
+    return [w for w in WORLDS.values() if all(w.name in WORKS_IN.get(name, WORLDS) for name in names)]
+
+
+def conflict(first: str, second: str) -> ValueError | None:
+    try:
+        Recipe(example(first), example(second))
+    except ValueError as error:
+        return error
+    return None
+
+
+NAMES = sorted(methods.CATALOGUE)
+PAIRS = list(combinations(NAMES, 2))
+ALLOWED = [pair for pair in PAIRS if conflict(*pair) is None]
+REFUSED = [pair for pair in PAIRS if conflict(*pair) is not None]
+CASES = [(name, world.name) for name in NAMES for world in worlds_of(name)]
+PAIR_CASES = [(*pair, world.name) for pair in ALLOWED for world in worlds_of(*pair)]
+
+
+def recipe_of(*names: str) -> Recipe:
+    """These methods, in this order, with an optimizer if they have none."""
+    chosen = [example(name) for name in names]
+    has_optimizer = any(isinstance(method, OptimizerMethod) for method in chosen)
+    return Recipe(*chosen, *([] if has_optimizer else [methods.AdamW(lr=1e-2)]))
+
+
+@dataclass
+class Trace:
+    """What a run left: the losses of its steps, the batches as the model saw them, its Updater."""
+
+    update: Updater
+    plan: Plan
+    losses: list[float] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return saved_and_loaded(self.update.state_dict())
+
+
+def train(
+    world: World,
+    recipe: Recipe,
+    until: int | None = None,
+    state: dict[str, Any] | None = None,
+    batch: int = 4,
+    dtype: torch.dtype = torch.float32,
+    microbatch: int | None = None,
+    slices: int | None = None,
+    seed: int = 3,
+) -> Trace:
+    """From step 0, or from a state, to the end of a run of STEPS or to just before step `until`."""
+    plan = Plan(recipe, EXAMPLES, batch, steps=STEPS, seed=seed, slices=slices)
+    model = recipe.model(world.model(dtype), seed)
+    update = Updater(recipe, model, world.loss, plan, microbatch=microbatch)
+    if state is not None:
+        update.load_state_dict(state)
+        plan.resume(update.step)
+    trace = Trace(update, plan)
+    inputs = world.inputs.to(dtype) if world.inputs.is_floating_point() else world.inputs
+    for at in plan:
+        if at.step == until:
+            break
+        index = plan.indices(at)
+        total, parts = 0.0, []
+        for part in update(Batch(inputs[index], world.targets[index]), at):
+            loss = update.loss(model(part.inputs), part.targets)
+            loss.backward()
+            total, parts = total + loss.item(), [*parts, part]
+        trace.losses.append(total)
+        trace.batches.append(joined(parts))
+    return trace
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The parts of one step, one after the other."""
+
+    def join(pieces: list[Any]) -> Any:
+        if isinstance(pieces[0], Mixed):
+            return Mixed(*map(join, zip(*pieces)))
+        return torch.cat(pieces)
+
+    return Batch(*(join([part[i] for part in parts]) for i in range(4)))
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal bit for bit, through dicts, lists and tuples."""
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{where} differs by {(a - b).abs().max()}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, f"{where}: {a} != {b}"

@@ -1,0 +1,99 @@
+import math
+import random
+
+import pytest
+
+from stretto.measure.store import Store
+
+HOSTILE = "<script>alert('x')</script> | $x^2$ #0a0b05"
+
+
+def train(store, arm, seed, *, rate, cost, steps, state="target", sitting="now", target=2.0, batch=64):
+    """A made-up run: loss 1.9 + 3.4·exp(−rate·step), 40 evaluations, `cost` seconds a step."""
+    chance = random.Random(f"{arm} {seed}")
+    rate, cost = rate * math.exp(chance.gauss(0, 0.05)), cost * math.exp(chance.gauss(0, 0.02))
+    identity = {"workload": "stdlib-gpt", "recipe_hash": f"hash-{len(arm)}", "arm": arm, "seed": seed}
+    record = {
+        "sitting": sitting, "workload": {"name": "stdlib-gpt"}, "recipe": {}, "budget": steps * batch,
+        "seed": seed, "arm": arm, "execution": {"device": "cpu", "threads": 2, "compile": False},
+        "versions": {"python": "3.11.9", "torch": "2.13.0", "stretto": "0.1.0"},
+        "machine": {"processor": "A processor of 2 cores", "cores": 2, "system": "Linux"},
+        "state": "running", "error": None, "crossing": None, "clock": None, "memory": None,
+    }  # fmt: skip
+    run = store.create(identity, record)
+    every, before, crossing = max(1, steps // 40), 0, None
+    for step in range(every, steps + 1, every):
+        loss = 1.9 + 3.4 * math.exp(-rate * step) + chance.gauss(0, 0.01)
+        run.append(
+            {"step": step, "fraction": step / steps, "wall": step * cost, "cpu": step * cost * 1.9,
+             "examples": step * batch, "tokens": None, "train_loss": loss, "loss": loss}
+        )  # fmt: skip
+        if crossing:
+            break
+        if loss <= target and state == "target":
+            crossing = {"before": before, "at": step}
+        before = step
+    clock = {"wall": step * cost, "cpu": step * cost * 1.9, "compile": 0.5}
+    run.update(state=state if crossing or state != "target" else "done", crossing=crossing, clock=clock)
+    return run
+
+
+def arm(store, name, seeds, *, methods=(), times=None, short="", **training):
+    runs = [train(store, name, seed, **training) for seed in seeds]
+    return {
+        "name": name, "recipe": {"methods": list(methods)}, "short": short, "hash": "abc", "batch": 64,
+        "budget": training["steps"] * 64, "parameters": 1_234_567, "memory": 345_000_000,
+        "runs": [run.id for run in runs], "times": times(runs) if times else {},
+    }  # fmt: skip
+
+
+def adamw(lr):
+    return {"method": "adamw", "lr": lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+
+
+def cosine():
+    return {"method": "cosine", "warmup": 0.02, "end": 0.0}
+
+
+def make_race(arms, **fields):
+    return {
+        "schema": 1, "created": "2026-11-07T10:15:00+00:00", "workload": "stdlib-gpt", "metric": "loss",
+        "falls": True, "fingerprint": "0f1e2d3c4b5a", "target": 2.0, "target_name": "baseline",
+        "target_valid": True, "reference": "baseline", "control": None, "arms": arms,
+        "order": ["baseline", "fast"] * 70, "sitting": "now", **fields,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "runs")
+
+
+@pytest.fixture
+def full_race(store):
+    """A race with everything: a control, a winner, misses, remeasured and unmeasured runs, hostile names."""
+    baseline = {"rate": 0.0035, "cost": 0.03, "steps": 2000, "methods": [adamw(0.002), cosine()]}
+    rotary = [{"method": "rotary_positions", "base": 10000}, adamw(0.002), cosine()]
+    fast = [
+        {"method": "ngram_embeddings", "orders": [2, 3], "rows": 65536},
+        {"method": "value_embeddings"},
+        {"method": "muon", "lr": 0.02, "momentum": 0.95, "rest": adamw(0.003)},
+        {"method": "warmup_stable_decay", "warmup": 0.0, "decay": 0.6},
+    ]
+    short = "ngram_embeddings, value_embeddings, muon:lr=0.02, warmup_stable_decay:decay=0.6"
+    hostile = [{"method": "<b>sgd</b>", "note": "</script><img src=x>"}]
+    stored = {"rate": 0.01, "cost": 0.03, "steps": 1000, "sitting": "before"}
+
+    def measured(runs):
+        return {r.id: {"wall": 12.0 + i, "cpu": 22.0 + i, "source": "remeasured"} for i, r in enumerate(runs)}
+
+    arms = [
+        arm(store, "baseline", range(3), short="adamw:lr=0.002, cosine", **baseline),
+        arm(store, "baseline (control)", range(3), short="adamw:lr=0.002, cosine", **baseline),
+        arm(store, "modern", range(3), methods=rotary, rate=0.0037, cost=0.031, steps=2000),
+        arm(store, "fast", range(3), methods=fast, short=short, rate=0.02, cost=0.047, steps=500),
+        arm(store, HOSTILE, range(3), methods=hostile, rate=0.001, cost=0.02, steps=2000),
+        arm(store, "stored", range(3), times=measured, **stored),
+        arm(store, "steps", range(3), **stored),
+    ]
+    return store.save_race(make_race(arms, control="baseline (control)"))

@@ -1,0 +1,221 @@
+"""Optimizers: against torch's, and against slow twins on random shapes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from stretto import optim
+from stretto.core import Recipe
+from stretto.methods import SGD, AdamW, Muon
+from stretto.methods.sgd import DecoupledSGD
+from stretto.models.gpt import GPT
+from stretto.models.resnet import ResNet
+from stretto.optim import reference
+from stretto.optim.roots import orthogonalize
+
+
+def _draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _parameters(shapes, dtype=torch.float64):
+    return [nn.Parameter(_draw(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(shapes)]
+
+
+def _give_gradients(params, step):
+    for i, p in enumerate(params):
+        p.grad = _draw(*p.shape, seed=1000 * step + i, dtype=p.dtype)
+
+
+# -- orthogonal factors
+
+
+@given(m=st.integers(1, 9), n=st.integers(1, 9), b=st.integers(1, 3), iterations=st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_orthogonalize_equals_its_slow_twin(m, n, b, iterations):
+    stack = _draw(b, m, n, seed=m * 100 + n * 10 + b)
+    expected = torch.stack([reference.orthogonalize(matrix, iterations) for matrix in stack])
+    torch.testing.assert_close(orthogonalize(stack, iterations), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])
+def test_singular_values_end_near_one_in_the_same_bases(shape):
+    matrix = _draw(*shape)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    factor = u.T @ orthogonalize(matrix[None], 6)[0] @ vh.T
+    assert (factor - torch.diag(factor.diagonal())).abs().max() < 1e-6
+    assert 0.6 < factor.diagonal().min() and factor.diagonal().max() < 1.3
+    assert s.max() / s.min() > 1.5
+
+
+def test_a_zero_matrix_stays_zero():
+    assert not orthogonalize(torch.zeros(2, 3, 4)).any()
+
+
+# -- Muon
+
+shape = st.one_of(
+    st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.just(3), st.just(3)),
+)
+
+
+@given(
+    shapes=st.lists(shape, min_size=1, max_size=4),
+    twice=st.booleans(),
+    decay=st.sampled_from([0.0, 0.3]),
+    momentum=st.sampled_from([0.0, 0.5, 0.95]),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_spectral_half_equals_its_slow_twin(shapes, twice, decay, momentum):
+    shapes = shapes * 2 if twice else shapes  # equal shapes are stacked
+    params = _parameters(shapes)
+    slow = [(p.detach().clone(), torch.zeros_like(p)) for p in params]
+    fast = optim.Muon(params, lr=0.1, momentum=momentum, weight_decay=decay)
+    for step in range(3):
+        _give_gradients(params, step)
+        fast.step()
+        slow = [
+            reference.muon(weight, p.grad, average, 0.1, momentum, 5, decay)
+            for p, (weight, average) in zip(params, slow)
+        ]
+    for p, (weight, _) in zip(params, slow):
+        torch.testing.assert_close(p.detach(), weight, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_other_half_is_adamw(decay):
+    ours, theirs = (_parameters([(5,), (4, 3), ()], torch.float32) for _ in range(2))
+    mine = optim.Muon(ours, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, spectral=False)
+    torchs = torch.optim.AdamW(theirs, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=True)
+    for step in range(5):
+        for params, optimizer in ((ours, mine), (theirs, torchs)):
+            _give_gradients(params, step)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_adamw_equals_its_slow_twin():
+    params = _parameters([(5,), (4, 3)])
+    slow = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+    method = AdamW(lr=0.01, betas=(0.8, 0.9), weight_decay=0.2)
+    fast = method.optimizer(nn.Linear(1, 1), [{"params": params}])
+    for step in range(1, 5):
+        _give_gradients(params, step)
+        fast.step()
+        slow = [
+            reference.adamw(weight, p.grad, average, square, step, 0.01, (0.8, 0.9), 1e-8, 0.2)
+            for p, (weight, average, square) in zip(params, slow)
+        ]
+    for p, (weight, _, _) in zip(params, slow):
+        torch.testing.assert_close(p.detach(), weight, rtol=1e-9, atol=1e-12)
+
+
+def test_a_muon_step_is_about_as_long_as_adamws():
+    """Root mean square 0.2 lr, whatever the shape, so that learning rates carry over."""
+    for size in ((64, 64), (32, 128), (128, 32)):
+        [p] = _parameters([size])
+        before = p.detach().clone()
+        _give_gradients([p], 0)
+        optim.Muon([p], lr=1.0).step()
+        assert (p.detach() - before).square().mean().sqrt() == pytest.approx(0.2, rel=0.2)
+
+
+def test_parameters_without_gradient_stay():
+    params = _parameters([(3, 3), (3, 3)])
+    params[0].grad = _draw(3, 3)
+    before = params[1].detach().clone()
+    optim.Muon(params, lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(params[1].detach(), before) and params[1] not in optim.Muon(params).state
+
+
+def test_vectors_have_no_spectrum():
+    with pytest.raises(ValueError, match="spectral=False"):
+        optim.Muon([nn.Parameter(torch.zeros(3))])
+
+
+def test_which_parameters_muon_takes():
+    recipe = Recipe(Muon(lr=0.03, adam_lr=0.001))
+    model = GPT(vocabulary=20, length=8, width=8, depth=1, heads=2)
+    groups = Muon(lr=0.03, adam_lr=0.001).optimizer(model, recipe.groups(model)).param_groups
+    rule = {
+        name: (group["spectral"], group["lr"], group["factors"])
+        for group in groups
+        for name in group["names"]
+    }
+    assert rule["blocks.0.attention.query.weight"] == (True, 0.03, {})
+    assert rule["blocks.0.mlp.output.weight"] == (True, 0.03, {})
+    assert rule["tokens.weight"] == rule["head.weight"] == (False, 0.001, {})
+    assert rule["norm.weight"] == rule["blocks.0.mlp.input.bias"] == (False, 0.001, {"weight_decay": 0.0})
+    assert len(rule) == len(list(model.parameters()))
+
+
+def test_convolutions_are_matrices_and_the_head_is_not():
+    model, recipe = ResNet(1, 3, (4, 8)), Recipe(Muon())
+    groups = Muon().optimizer(model, recipe.groups(model)).param_groups
+    spectral = {name for group in groups if group["spectral"] for name in group["names"]}
+    assert "blocks.0.conv1.weight" in spectral and "head.weight" not in spectral
+
+
+def test_muon_without_hidden_matrices_is_refused():
+    with pytest.raises(ValueError, match="looks for hidden matrices"):
+        Muon().optimizer(nn.Linear(2, 2), Recipe(Muon()).groups(nn.Linear(2, 2)))
+
+
+# -- SGD
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgds_decay_is_outside_the_gradient(nesterov):
+    params = _parameters([(4, 3), (5,)])
+    slow = [(p.detach().clone(), None) for p in params]
+    fast = DecoupledSGD(params, lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.2)
+    for step in range(4):
+        _give_gradients(params, step)
+        fast.step()
+        for i, (p, (weight, buffer)) in enumerate(zip(params, slow)):
+            buffer = p.grad if buffer is None else 0.9 * buffer + p.grad
+            move = p.grad + 0.9 * buffer if nesterov else buffer
+            slow[i] = ((1 - 0.1 * 0.2) * weight - 0.1 * move, buffer)
+    for p, (weight, _) in zip(params, slow):
+        torch.testing.assert_close(p.detach(), weight, rtol=1e-10, atol=1e-12)
+    assert fast.param_groups[0]["weight_decay"] == 0.2
+
+
+def test_sgd_steps_where_a_group_has_no_gradient():
+    """A frozen branch, or a step without any gradient, once made an empty list of tensors."""
+    [p, q] = _parameters([(2, 2), (2, 2)])
+    optimizer = DecoupledSGD([{"params": [p]}, {"params": [q]}], lr=0.1, weight_decay=0.1)
+    q.grad = _draw(2, 2)
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+# -- decay groups
+
+
+@pytest.mark.parametrize("method", [AdamW(), SGD(), Muon()], ids=str)
+def test_vectors_norms_and_biases_do_not_decay(method):
+    recipe, model = Recipe(method), GPT(vocabulary=20, length=8, width=8, depth=1, heads=2)
+    decayed = {n for group in recipe.groups(model) if not group["factors"] for n in group["names"]}
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim > 1}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: AdamW(lr=-1.0),
+        lambda: AdamW(betas=(0.9, 1.0)),
+        lambda: SGD(momentum=-0.1),
+        lambda: SGD(weight_decay=-1.0),
+        lambda: Muon(adam_lr=-1.0),
+        lambda: Muon(iterations=0),
+        lambda: Muon(momentum=1.0),
+    ],
+)
+def test_values_out_of_range(wrong):
+    with pytest.raises(ValueError):
+        wrong()

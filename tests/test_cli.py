@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stretto.cli import main
+from stretto.measure.store import Store
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    return exit_info.value.code or 0  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("rice", "digits"), "did you mean race?"),
+        (("race", "stdlib-gtp"), "stdlib-gpt"),
+        (("race", "digits", "--recipes", "baselin"), "baseline"),
+        (("race", "digits", "--recipes", "adamv:lr=0.1"), "adamw"),
+        (("race", "digits", "--recipes", "adamw:rl=0.1"), "lr"),
+        (("race", "digits", "--recipes", "adamw:lr=fast"), "lr"),
+        (("race", "digits", "--recipes", "adamw, muon"), "recipe - "),
+        (("race", "digits", "--recipes", "mixup:alpha=-1, adamw"), "alpha"),
+        (("race", "digits", "--recipes", "mixup"), "no optimizer"),
+        (("race", "digits", "--recipes", "rotary_positions, adamw"), "RotaryPositions"),
+        (("race", "digits", "--recipes", "baseline @ bunch=3"), "batch"),
+        (("race", "digits", "--recipes", "baseline", "baseline"), "twice"),
+        (("race", "digits", "--recipes", "missing.json"), "missing.json"),
+        (("race", "digits", "--target", "modern"), "baseline"),
+        (("race", "digits", "--seeds", "0"), "--seeds"),
+        (("methods", "mixupp"), "mixup"),
+        (("train", "digits", "--recipe", "fats"), "fast"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line_with_the_way_out(
+    arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = () if arguments[0] in ("methods", "rice") else ("--out", str(tmp_path))
+    assert call(*arguments, *out) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_training(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    begin = time.monotonic()
+    assert call("race", "digits", "--out", str(tmp_path / "file" / "runs")) == 2
+    assert time.monotonic() - begin < 5
+    assert "--out" in capsys.readouterr().err
+
+
+def test_runs_of_another_version_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "stretto.json").write_text('{"schema": 99}')
+    assert call("race", "digits", "--out", str(tmp_path)) == 2
+    assert "schema 99" in capsys.readouterr().err
+
+
+def test_a_recipe_file_is_read_and_its_mistakes_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"methods": [{"method": "adamw", "lr": 0.004}], "batch": 64, "budget": 640}))
+    assert call("train", "digits", "--recipe", str(path), "--out", str(tmp_path / "runs")) == 0
+    assert "done, accuracy" in capsys.readouterr().out
+    [run] = Store(tmp_path / "runs").runs()
+    assert run.record["budget"] == 640 and run.rows()[-1]["step"] == 10
+    path.write_text(json.dumps({"methods": [{"method": "adamw", "lrr": 0.004}]}))
+    assert call("train", "digits", "--recipe", str(path), "--out", str(tmp_path / "runs")) == 2
+    assert "lr" in capsys.readouterr().err
+    path.write_text("{")
+    assert call("train", "digits", "--recipe", str(path), "--out", str(tmp_path / "runs")) == 2
+
+
+def test_methods_and_cards_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("methods") == 0
+    assert "warmup_stable_decay" in capsys.readouterr().out
+    assert call("methods", "mixup") == 0
+    assert "1710.09412" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "cifar10").mkdir()
+    assert call("doctor", "--data", str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "torch" in printed and "cifar10" in printed and "stdlib-gpt" in printed
+
+
+def test_a_race_prints_its_table_and_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--out", str(tmp_path), "--seeds", "2")
+    short = ("baseline @ budget=640", "sgd:lr=0.2 @ budget=640")
+    assert call("race", "digits", "--recipes", *short, *options) == 0
+    printed = capsys.readouterr().out
+    assert "| recipe" in printed and "(control)" in printed
+    assert list((tmp_path / "races").glob("*.html"))
+    assert call("report", "--out", str(tmp_path)) == 0
+    assert "| recipe" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ctrl_c_prints_the_table_so_far_and_keeps_everything(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stretto.cli", "race", "digits", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not any(run.rows() for run in Store(tmp_path).runs()):
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "| recipe" in printed and "interrupted" in printed
+    assert all(run.rows() for run in Store(tmp_path).runs() if run.record["state"] != "interrupted")
