@@ -152,7 +152,7 @@ class Batch(NamedTuple):
     inputs: Any
     targets: Any
     rows: Tensor | None = None  # (N,) int64: each example's row in the global batch
-    index: Tensor | None = None  # (N,) int64: each example's id in the data set
+    index: Tensor | None = None  # type: ignore[assignment]  # (N,) int64: each example's id in the data set
 
     def take(self, rows: Any) -> Batch:
         """The examples named by a slice, or by indices or a mask (n,), of everything the batch holds."""
@@ -164,7 +164,7 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else map_data(move, part) for part in self))
 
     def __len__(self) -> int:  # of examples, not of fields
-        return len(first_tensor(self.inputs))
+        return first_tensor(self.inputs).shape[0]
 
 
 # namedtuple's own asks for as many fields as `len` says, so that `_replace` would count examples.
@@ -181,6 +181,8 @@ class Mixed(NamedTuple):
 
 def map_data(change: Callable[[Tensor], Tensor], data: Any) -> Any:
     """Apply `change` to a tensor, or to each tensor of a Mixed or a mapping."""
+    if isinstance(data, Tensor):
+        return change(data)
     if isinstance(data, Mixed):
         return Mixed(*(map_data(change, part) for part in data))
     if isinstance(data, Mapping):
@@ -190,7 +192,7 @@ def map_data(change: Callable[[Tensor], Tensor], data: Any) -> Any:
 
 def first_tensor(data: Any) -> Tensor:
     """The tensor that tells how many examples there are and where they lie."""
-    return next(iter(data.values())) if isinstance(data, Mapping) else data
+    return data if isinstance(data, Tensor) else next(iter(data.values()))
 
 
 # ------------------------------------------------------------------------------------------- slots and phases

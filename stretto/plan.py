@@ -92,9 +92,9 @@ class Plan:
             return [self.batch] * max(1, samples // self.batch)
         sizes: list[int] = []
         done = 0
-        while not sizes or done + pace(done) <= samples:
-            sizes.append(pace(done))
-            done += sizes[-1]
+        while done + (size := pace(done)) <= samples or not sizes:
+            sizes.append(size)
+            done += size
         return sizes
 
     def _exactly(self, steps: int) -> list[int]:
@@ -148,13 +148,15 @@ class Plan:
 
     def indices(self, at: At) -> Tensor:
         """The data set's ids of this step's global batch, (at.batch,) int64, in row order."""
-        pieces, position, missing = [], at.done, at.batch
+        epoch, offset = divmod(at.done, self.examples)
+        if offset + at.batch <= self.examples:
+            return self._order(epoch)[offset : offset + at.batch]
+        pieces, missing = [], at.batch
         while missing:
-            epoch, offset = divmod(position, self.examples)
-            piece = self._order(epoch)[offset : offset + missing]
-            pieces.append(piece)
-            position, missing = position + len(piece), missing - len(piece)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            pieces.append(self._order(epoch)[offset : offset + missing])
+            missing -= len(pieces[-1])
+            epoch, offset = epoch + 1, 0
+        return torch.cat(pieces)
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:

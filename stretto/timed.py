@@ -24,7 +24,7 @@ class Timed(nn.Module):
 class Clock(Timed):
     """Time as plain tensor attributes, for use inside the graph.
 
-    They are not buffers: DDP would broadcast those, `.bfloat16()` round them, `fully_shard` leave them behind.
+    They are no buffers: DDP would broadcast those, `.bfloat16()` round them, `fully_shard` leave them behind.
     """
 
     fraction: Tensor  # 0-d float32, the share of the run that is done

@@ -7,6 +7,7 @@ part.targets).backward()`. What a method may do, and when, is the order of the c
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,11 +25,11 @@ from stretto.core import (
     Batch,
     BatchMethod,
     ConstrainMethod,
+    FactorsMethod,
     Forward,
     GradientsMethod,
     Loss,
     LossMethod,
-    Method,
     Mixed,
     ModelMethod,
     OptimizerMethod,
@@ -36,28 +37,34 @@ from stretto.core import (
     Phase,
     PredictMethod,
     Recipe,
+    ScheduleMethod,
     SelectMethod,
     StartMethod,
     State,
     WrapMethod,
-    first_tensor,
+    generators,
     map_data,
+    nearest,
+    short_form,
     stable_hash,
     stream,
 )
 from stretto.plan import Plan
 from stretto.timed import Clock, Timed
 
-Valid = Callable[[Any], Tensor]  # targets -> bool, in the shape of the loss's values
+Valid = Callable[[Any], Tensor | None]  # targets -> bool, in the shape of the loss's values; None: all count
+_ONE_PASS = (None,)
 
 
 class Part(NamedTuple):
     """A micro-batch on its way through the model."""
 
     batch: Batch
-    at: At
+    at: At  # its slice's
     row: int  # the first global row
-    number: int  # among the parts of this step
+    number: int  # among the parts of its slice
+    share: float  # of the step's examples
+    weights: Tensor | None  # of each value of the loss; those of a step sum to 1. None: all alike
 
 
 class Updater:
@@ -67,6 +74,7 @@ class Updater:
     `reduction="none"`. optimizer: yours, where the recipe has none. forward(model, inputs): how to run the
     model where the Updater does so itself. valid(targets): which targets count. scaler: a GradScaler.
     pretrained: weights were loaded, so INITIALISE is refused. microbatch: examples in one forward.
+    Schedules multiply `base`, a dict in each of the optimizer's groups, which may be changed during the run.
     Raises ValueError for a recipe without optimizer, and for a model that skipped `recipe.model`.
     """
 
@@ -84,104 +92,148 @@ class Updater:
         pretrained: bool = False,
         microbatch: int | None = None,
     ) -> None:
+        if microbatch is not None and microbatch < 1:
+            raise ValueError(f"microbatch is {microbatch}; it must be 1 or more, or None for whole slices")
         self.recipe, self.plan, self.wrapped, self.model = recipe, plan, model, unwrap(model)
         self.run_model, self.scaler, self.microbatch = forward or run_model, scaler, microbatch
+        self.pretrained = pretrained
         self.step = 0
-        self._started = False
-        self._check_surgery(pretrained)
-        self.clock = Clock()
-        self.valid = valid or default_valid(loss)
-        self.base = per_example(loss)
-        self._values = self._compose(self.base)
-        self.optimizer = self._build(optimizer)
-        self.device = next(self.model.parameters()).device
+        self.round = 0  # which pass of the present step is running
+        self._check_plan()
+        self._inserted = self._check_surgery()
+        self._schedules = recipe.of(ScheduleMethod)
         self._selects, self._batches = recipe.of(SelectMethod), recipe.of(BatchMethod)
         self._passes, self._gradients = recipe.of(PassesMethod), recipe.of(GradientsMethod)
         self._constrains, self._averages = recipe.of(ConstrainMethod), recipe.of(AverageMethod)
-        self.state: dict[str, State] = {
-            m.name: {} for m in (*self._gradients, *self._constrains, *self._averages)
-        }
-        self._timed = [module for module in self.model.modules() if isinstance(module, Timed)]
+        keepers = (*self._gradients, *self._constrains, *self._averages)
+        self.state: dict[str, State] = {method.name: {} for method in keepers}
+        self.clock = Clock()
+        self.valid, self._guarded = valid or default_valid(loss), valid is not None
+        self._values, self._scores = self._compose(per_example(loss))
+        self.optimizer = self._build(optimizer)
+
+        self._parameters = list(self.model.parameters())
+        self.device = self._parameters[0].device
+        self._precision = torch.promote_types(
+            torch.float32, next((p.dtype for p in self._parameters if p.is_floating_point()), torch.float32)
+        )
+        self._generators = generators(self.device)
+        self._timed = [module for module in self.wrapped.modules() if isinstance(module, Timed)]
         if recipe.of(LossMethod):
             self._timed.append(self.clock)
-        self._count: Tensor | float = 1.0  # of what counts in the present batch, over all slices
-        self._examples = 1
+        self._places = [  # of buffers; masks do not move
+            (module._buffers, name)
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.dtype != torch.bool
+        ]
+        self._before: list[Tensor] = []  # the buffers as they were before the present step
+        self._rows: dict[int, Tensor] = {}  # by batch size
         self._part: Part | None = None
-        self.round = 0  # which pass of the present step is running
+        self._started = False
+        self._left = False  # whether the step before was left early
 
     # -- one step
 
     def __call__(self, batch: Batch, at: At) -> Iterator[Batch]:
-        """Yield the parts to run forward and backward; then step. Leaving early means no step."""
-        complete = False
-        try:
-            yield from self.passes(batch, at)
-            complete = True
-        finally:
-            if not complete:
-                self.optimizer.zero_grad()
+        """Yield the parts to run forward and backward; then step.
+
+        Leaving early means no step: gradients, weights, buffers and random state are as before, and the same
+        step may be tried again, or the next one taken.
+        """
+        yield from self.passes(batch, at)
         self.finish(at)
 
     def passes(self, batch: Batch, at: At) -> Iterator[Batch]:
-        """The first half of a step, for hosts with a loop of their own: all up to the gradients."""
-        self._check_step(at)
-        batch = self._number(batch, at)
-        if self.step == 0 and not self._started:
-            self._start(batch)
-        self._schedule(at)
-        parts = self._cut(self._prepare(batch, at))
-        rounds = self._rounds(at)
-        caller = _random_state(self.device)
+        """The first half of a step, for hosts with a loop of their own: all up to the gradients.
+
+        Then call `finish(at)`, or `skip()` to drop them. Leaving early is as leaving the whole step.
+        """
+        self._begin(at)
+        caller = [generator.get_state() for generator in self._generators]
+        self._before = self._buffers()
+        rounds: Any = _ONE_PASS
+        complete = False
         try:
-            for number, _ in enumerate(rounds):
-                self.round = number
-                self.optimizer.zero_grad()
-                kept = self._buffers() if number else None
+            batch = self._take_in(batch, at)
+            if self.step == 0 and not self._started:
+                self._start(batch, at)
+            if self._schedules:
+                self._schedule(at)
+            parts = self._cut(self._prepare(batch, at))
+            if self._passes:
+                trained = [p for p in self._parameters if p.requires_grad]
+                rounds = torch.no_grad()(self._passes[0].passes)(trained, at)
+            for self.round, _ in enumerate(rounds):
+                self._clear_gradients()
+                before = self._buffers() if self.round else []
                 for part in parts:
-                    for timed in self._timed:
-                        timed.advance(part.at, part.row, self.device)
-                    _seed(self.device, stable_hash(at.seed, "layers", at.step, part.number))
+                    self._enter(part.at, part.row, part.number)
                     self._part = part
                     yield part.batch
-                if kept:
-                    torch._foreach_copy_(list(self.model.buffers()), kept)
+                self._restore(before)  # statistics count one pass
+            complete = True
         finally:
-            rounds.close()
             self._part = None
-            _restore_random_state(self.device, caller)
+            for generator, state in zip(self._generators, caller):
+                generator.set_state(state)
+            if not complete:
+                self._left = True
+                self._clear_gradients()
+                self._restore(self._before)
+                if rounds is not _ONE_PASS:
+                    rounds.close()
 
-    @torch.no_grad()
     def finish(self, at: At) -> None:
         """The second half of a step: from the gradients to the averages."""
-        if self.scaler:
+        if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        for method in self._gradients:
-            method.gradients(self.model, at, self.state[method.name])
-        if self.scaler:
+        for clip in self._gradients:
+            with torch.no_grad():
+                clip.gradients(self.model, at, self.state[clip.name])
+        if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
-        for method in self._constrains:
-            method.constrain(self.model, at, self.state[method.name])
-        for method in self._averages:
-            method.average(self.model, at, self.state[method.name])
-        self.skip()
+        for constrain in self._constrains:
+            with torch.no_grad():
+                constrain.constrain(self.model, at, self.state[constrain.name])
+        for average in self._averages:
+            with torch.no_grad():
+                average.average(self.model, at, self.state[average.name])
+        self._clear_gradients()
+        self.step += 1
 
     def skip(self) -> None:
-        """End a step without updating: gradients are dropped, time goes on."""
-        self.optimizer.zero_grad()
+        """End a step without updating: gradients and moved statistics are dropped, time goes on."""
+        self._clear_gradients()
+        self._restore(self._before)
         self.step += 1
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """This part's share of the batch's mean loss, () with gradient; the shares of all parts sum to it."""
+        part = self._part
+        if part is None:
+            raise ValueError(
+                "update.loss weighs a part of a step: call it in `for part in update(batch, at)`"
+            )
         values = self._values(outputs, targets)
-        if values.ndim == 0:
-            assert self._part is not None
-            total = values * (len(self._part.batch) / self._examples)
+        if values.ndim == 0:  # the mean over what counts in this part
+            total = values * (part.share if part.weights is None else part.weights.sum())
+        elif part.weights is None:
+            total = values.mean() * part.share
+        elif part.weights.shape == values.shape:
+            if self._guarded:
+                values = torch.where(part.weights > 0, values, 0)
+            total = values.flatten().to(self._precision).dot(part.weights.flatten())
         else:
-            total = self._weighted(values, targets).sum() / self._count
-        if self.scaler:
+            raise ValueError(
+                f"the loss gives values of shape {tuple(values.shape)} for targets whose counting ones have "
+                f"shape {tuple(part.weights.shape)}; give Updater(valid=...), a bool for each value, or None "
+                "where every example counts"
+            )
+        if self.scaler is not None:
             total = _ScaleGradient.apply(total, self.scaler.scale(torch.ones_like(total)))
         return total
 
@@ -195,117 +247,172 @@ class Updater:
         (inputs, or tuples that begin with inputs); else that is never iterated. All is put back on exit.
         """
         at = self.plan.at(self.step)
-        modes = [(module, module.training) for module in self.model.modules()]
-        parameters = dict(self.model.named_parameters())
+        modes = [(module, module.training) for module in self.wrapped.modules()]
+        norms = self._batch_norms()
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = self._buffers()
         kept: dict[str, Tensor] = {}
         with torch.no_grad():
             try:
-                self.model.eval()
+                self.wrapped.eval()
                 for method in self._averages:
-                    for name, value in method.averaged(
-                        self.model, self.optimizer, at, self.state[method.name]
-                    ).items():
-                        kept.setdefault(name, parameters[name].clone())
+                    averages = method.averaged(self.model, self.optimizer, at, self.state[method.name])
+                    for name, value in averages.items():
+                        kept[name] = parameters[name].clone()
                         parameters[name].copy_(value)
-                if kept:
-                    self._estimate_batch_norm(calibration)
+                if kept and norms:
+                    self._estimate(norms, calibration)
                 yield self._predict()
             finally:
                 for name, value in kept.items():
                     parameters[name].copy_(value)
-                for buffer, value in zip(self.model.buffers(), buffers):
-                    buffer.copy_(value)
+                self._restore(buffers)
                 for module, mode in modes:
                     module.training = mode
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer, averages and masks, step: everything a resumed run needs, for weights_only=True."""
+        """Model, optimizer, averages and masks, step: all a resumed run needs, for weights_only=True."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "state": self.state,
             "step": self.step,
+            "started": self._started,
             "recipe": self.recipe.hash,
             "slices": self.plan.slices,
-            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; then `plan.resume(update.step)`. Refuses another recipe's state."""
+        """Go on where `state` was taken; then `plan.resume(update.step)`.
+
+        Nothing of `state` is shared with the run. Raises ValueError for the state of another recipe, of
+        another number of slices, and of other parameters.
+        """
         for name, mine in (("recipe", self.recipe.hash), ("slices", self.plan.slices)):
             if state[name] != mine:
                 raise ValueError(
                     f"this state is of a run with {name} {state[name]}, and this run has {name} {mine}; "
                     "resume with what the run began with"
                 )
+        groups = (self.optimizer.param_groups, state["optimizer"]["param_groups"])
+        here, there = ([group.get("names") for group in side] for side in groups)
+        if here != there:
+            raise ValueError(
+                "this state is of an optimizer with other parameters, or with others in a group: "
+                "load it into a model of the same sizes and names"
+            )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.state = {name: dict(kept) for name, kept in state["state"].items()}
-        self.step, self._started = state["step"], True
-        if self.scaler and state["scaler"]:
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        for name, kept in state["state"].items():
+            self.state[name] = {key: value.to(self.device, copy=True) for key, value in kept.items()}
+        self.step, self._started, self._left = state["step"], state["started"], False
+        if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
 
     # -- making
 
-    def _check_surgery(self, pretrained: bool) -> None:
-        wanted = tuple(m.name for m in self.recipe.of(ModelMethod))
+    def _check_plan(self) -> None:
+        mine, its = (
+            [short_form(m) for m in recipe.of(ScheduleMethod) if "batch_size" in m.paces]
+            for recipe in (self.recipe, self.plan.recipe)
+        )
+        if mine != its:
+            raise ValueError(
+                f"the plan paces batch sizes by {its[0] if its else 'nothing'}, and the recipe by "
+                f"{mine[0] if mine else 'nothing'}; make the plan of the recipe: Plan(recipe, ...)"
+            )
+
+    def _check_surgery(self) -> set[str]:
+        wanted = tuple(short_form(method) for method in self.recipe.of(ModelMethod))
         surgery = getattr(self.model, "stretto_surgery", None)
         found = surgery.methods if surgery else ()
         if found != wanted:
             raise ValueError(
-                f"the recipe changes the model by {', '.join(wanted) or 'nothing'}, and this model was changed "
-                f"by {', '.join(found) or 'nothing'}; call model = recipe.model(model) before wrapping it"
+                f"the recipe changes the model by {', '.join(wanted) or 'nothing'}, and this model was "
+                f"changed by {', '.join(found) or 'nothing'}; call recipe.model(model) before wrapping it"
             )
-        self._inserted = set(surgery.inserted) if surgery else set()
-        self.pretrained = pretrained
-        if pretrained:
-            for method in self.recipe.of(StartMethod):
-                if Phase.INITIALISE in method.phases:
-                    raise ValueError(
-                        f"{type(method).__name__} sets initial values, which would destroy pretrained weights; "
-                        f"take it out: recipe - {type(method).__name__}"
-                    )
+        for method in self.recipe.of(StartMethod) if self.pretrained else ():
+            if Phase.INITIALISE in method.phases:
+                raise ValueError(
+                    f"{type(method).__name__} sets initial values, which would destroy pretrained weights; "
+                    f"take it out: recipe - {type(method).__name__}"
+                )
+        return set(surgery.inserted) if surgery else set()
 
     def _build(self, optimizer: Optimizer | None) -> Optimizer:
         methods = self.recipe.of(OptimizerMethod)
-        if optimizer is None and not methods:
-            raise ValueError("the recipe has no optimizer; add one, such as AdamW(), or give optimizer=")
-        if optimizer is not None and methods:
-            raise ValueError(
-                f"{type(methods[0]).__name__} of the recipe and optimizer= both want to step; drop one of them"
-            )
         if optimizer is None:
+            if not methods:
+                raise ValueError("the recipe has no optimizer; add one, such as AdamW(), or give optimizer=")
             optimizer = methods[0].optimizer(self.model, self.recipe.groups(self.model))
+        elif methods:
+            name = type(methods[0]).__name__
+            raise ValueError(
+                f"{name} of the recipe and optimizer= both want to step; leave one out, as in recipe - {name}"
+            )
+        elif not all("factors" in group for group in optimizer.param_groups):
+            self._check_factors(optimizer)
         for wrapper in self.recipe.of(WrapMethod):
             optimizer = wrapper.wrap(optimizer)
-        names = set(self.recipe.schedule(self.plan.at(0))) - {"batch_size"}
-        for group in optimizer.param_groups:
-            for name in names | set(group.get("factors", ())):
-                if name not in group:
-                    raise ValueError(
-                        f"the recipe paces {name!r}, and {type(optimizer).__name__} has no such hyperparameter; "
-                        f"it has {', '.join(sorted(set(group) - {'params', 'names', 'factors'}))}"
-                    )
-            group["base"] = {name: group[name] for name in names | set(group.get("factors", ()))}
+        self._set_bases(optimizer)
         return optimizer
 
-    def _compose(self, loss: Loss) -> Loss:
-        """The loss, its target methods, the mixture, the penalties: from the inside out."""
+    def _check_factors(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that knows nothing of the factors that the recipe gives to parameters."""
+        if any(group["factors"] for group in self.recipe.groups(self.model)):
+            names = " and ".join(type(method).__name__ for method in self.recipe.of(FactorsMethod))
+            raise ValueError(
+                f"the recipe gives parameters rates of their own ({names}), and this "
+                f"{type(optimizer).__name__} was made without them; make it of recipe.groups(model) in place "
+                "of model.parameters()"
+            )
+
+    def _set_bases(self, optimizer: Optimizer) -> None:
+        """Note in each group what schedules multiply; what has factors only is multiplied once."""
+        start = self.plan.at(0)
+        for method in self._schedules:
+            if (given := set(method.schedule(start))) != set(method.paces):
+                raise TypeError(
+                    f"{type(method).__name__} paces {', '.join(method.paces)} by its class, and gives "
+                    f"{', '.join(sorted(given))}"
+                )
+        paced = {name for method in self._schedules for name in method.paces} - {"batch_size"}
+        for group in optimizer.param_groups:
+            if "base" in group:  # it served another Updater; its lr may stand at the end of a schedule
+                continue
+            factors = group.get("factors", {})
+            for name in sorted(paced | set(factors)):
+                if name not in group:
+                    raise ValueError(
+                        f"the recipe scales {name!r}, and {type(optimizer).__name__} has no such "
+                        f"hyperparameter; {nearest(name, set(group) - {'params', 'names', 'factors'})}"
+                    )
+            scaled = {name: float(group[name]) * factors.get(name, 1.0) for name in paced | set(factors)}
+            for name, value in scaled.items():
+                _set(group, name, value)
+            group["base"] = {name: scaled[name] for name in sorted(paced)}
+
+    def _compose(self, base: Loss) -> tuple[Loss, Loss]:
+        """The loss from the inside out: base, targets, mixture, penalties; and the base alone, for scores."""
         methods = self.recipe.of(LossMethod)
-        if methods:
-            loss = _needs_examples(loss, " and ".join(type(m).__name__ for m in methods))
-        penalties = [m for m in methods if Phase.PENALTY in m.phases]
+        names = " and ".join(type(method).__name__ for method in methods)
+        loss = _needs_examples(base, names) if methods else base
         for method in methods:
-            if method not in penalties:
+            if Phase.BASE in method.phases:
+                loss = method.loss(loss, self.clock)
+        scores = _needs_examples(loss, "selecting examples")
+        for method in methods:
+            if Phase.TARGET in method.phases:
                 loss = method.loss(loss, self.clock)
         loss = self._mixture(loss)
-        for method in penalties:
-            loss = method.loss(loss, self.clock)
-        return loss
+        for method in methods:
+            if Phase.PENALTY in method.phases:
+                loss = method.loss(loss, self.clock)
+        return loss, scores
 
     def _mixture(self, loss: Loss) -> Loss:
-        """share * loss(first) + (1 - share) * loss(second), each where its target counts."""
+        """share * loss(first) + (1 - share) * loss(second); where but one of both counts, that one's."""
         each = _needs_examples(loss, "mixing targets")
 
         def mixed(outputs: Any, targets: Any) -> Tensor:
@@ -313,144 +420,200 @@ class Updater:
                 return loss(outputs, targets)
             first, second = each(outputs, targets.first), each(outputs, targets.second)
             share = _by_example(targets.share, first)
-            if (counts := self.valid(targets.first)) is not None:
-                first = torch.where(counts, first, 0)
-                second = torch.where(self.valid(targets.second), second, 0)
-            return share * first + (1 - share) * second
+            counts, others = self.valid(targets.first), self.valid(targets.second)
+            if counts is None or others is None:
+                return share * first + (1 - share) * second
+            own, other = share * counts, (1 - share) * others
+            if self._guarded:
+                first, second = torch.where(counts, first, 0), torch.where(others, second, 0)
+            return (own * first + other * second) / (own + other).clamp(min=1e-12)
 
         return mixed
 
     # -- the steps of a step
 
-    def _check_step(self, at: At) -> None:
+    def _begin(self, at: At) -> None:
+        if self._part is not None:
+            raise ValueError("the step before is still open: go through its parts, or close it")
         if at.step != self.step:
-            raise ValueError(
-                f"the update is at step {self.step} and the plan at {at.step}; "
-                "after loading a state call plan.resume(update.step)"
-            )
+            if not (self._left and at.step == self.step + 1):
+                raise ValueError(
+                    f"the update is at step {self.step} and the plan at {at.step}; call "
+                    "plan.resume(update.step) after loading a state or leaving the loop, and finish(at) or "
+                    "skip() after passes(batch, at)"
+                )
+            self.step = at.step
+        self._left = False
 
-    def _number(self, batch: Batch, at: At) -> Batch:
-        """Fill rows and index; check that the batch is the plan's."""
-        if len(first_tensor(batch.inputs)) != at.batch:
+    def _take_in(self, batch: Batch, at: At) -> Batch:
+        """Check that the batch is the plan's, put it on the device, fill rows and index."""
+        if len(batch) != at.batch:
             raise ValueError(
-                f"step {at.step} takes {at.batch} examples and was given {len(first_tensor(batch.inputs))}; "
+                f"step {at.step} takes {at.batch} examples and was given {len(batch)}; "
                 "let the loader draw from plan.batches()"
             )
-        device = first_tensor(batch.inputs).device
-        rows = torch.arange(at.batch, device=device) if batch.rows is None else batch.rows
-        index = self.plan.indices(at).to(device, non_blocking=True) if batch.index is None else batch.index
-        return Batch(batch.inputs, batch.targets, rows, index)
+        rows, index = batch.rows, batch.index
+        if rows is None:
+            if at.batch not in self._rows:
+                self._rows[at.batch] = torch.arange(at.batch, device=self.device)
+            rows = self._rows[at.batch]
+        if index is None:
+            index = self.plan.indices(at)
+        batch = Batch(batch.inputs, batch.targets, rows, index)
+        return batch if self.device.type == "cpu" else batch.to(self.device)
 
     @torch.no_grad()
-    def _start(self, batch: Batch) -> None:
-        parameters = dict(self.model.named_parameters())
+    def _start(self, batch: Batch, at: At) -> None:
+        """Write the recipe's first values, found on the first slice's inputs."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         weights = {name: parameter.detach() for name, parameter in parameters.items()}
+        sample = batch.take(slice(0, at.batch // at.slices)).inputs
         for method in self.recipe.of(StartMethod):
-            with stream(stable_hash(self.plan.seed, "start", method.name)):
-                for name, value in method.start(self.model, weights, batch.inputs):
-                    if value.shape != parameters[name].shape:
+            written = 0
+            with stream(stable_hash(self.plan.seed, "start", method.name), self.device):
+                for name, value in method.start(self.model, weights, sample):
+                    if name not in parameters or value.shape != parameters[name].shape:
+                        found = tuple(parameters[name].shape) if name in parameters else "none"
                         raise ValueError(
-                            f"{method.name} gives {name} the shape {tuple(value.shape)}; "
-                            f"it has {tuple(parameters[name].shape)}"
+                            f"{type(method).__name__} gives {name} of shape {tuple(value.shape)}; "
+                            f"{type(self.model).__name__} has {found}"
                         )
                     if not self.pretrained or name in self._inserted:
                         parameters[name].copy_(value)
+                        written += 1
+            if not written:
+                what = "layers that were inserted" if self.pretrained else "parameters"
+                raise ValueError(
+                    f"{type(method).__name__} found no {what} to fill in this {type(self.model).__name__}; "
+                    f"take it out: recipe - {type(method).__name__}"
+                )
         self._started = True
 
     def _schedule(self, at: At) -> None:
-        schedule = self.recipe.schedule(at)
+        schedule: dict[str, float] = {}
+        for method in self._schedules:
+            schedule |= method.schedule(at)
         for group in self.optimizer.param_groups:
-            factors = group.get("factors", {})
-            for name, value in group.get("base", {}).items():
-                group[name] = value * factors.get(name, 1.0) * schedule.get(name, 1.0)
+            for name, base in group["base"].items():
+                _set(group, name, base * schedule[name])
 
-    @torch.no_grad()
     def _prepare(self, batch: Batch, at: At) -> list[tuple[Batch, At]]:
-        """Select and transform each slice on its own, and count what counts over all of them."""
-        width = at.batch // at.slices
-        slices = []
-        for number in range(at.slices):
-            here = at if at.slices == 1 else _in_slice(at, number)
-            piece = batch if at.slices == 1 else batch.take(slice(number * width, (number + 1) * width))
-            for select in self._selects:
-                piece = select.select(piece, here, self._losses)
-            for method in self._batches:
-                piece = method.batch(piece, here)
-            slices.append((piece, here))
-        self._examples = sum(len(piece) for piece, _ in slices)
-        counts = [self._weights(piece.targets) for piece, _ in slices]
-        whole = [count for count in counts if count is not None]
-        self._count = sum(count.sum() for count in whole).clamp(min=1e-12) if whole else self._examples  # type: ignore[union-attr]
+        """Select and transform each slice on its own."""
+        slices = [(batch, at)]
+        if at.slices > 1:
+            width = at.batch // at.slices
+            slices = [
+                (batch.take(slice(n * width, (n + 1) * width)), dataclasses.replace(at, slice=n))
+                for n in range(at.slices)
+            ]
+        if self._selects or self._batches:
+            with torch.no_grad():
+                slices = [(self._transform(piece, here), here) for piece, here in slices]
         return slices
 
+    def _transform(self, batch: Batch, at: At) -> Batch:
+        for select in self._selects:
+            batch = select.select(batch, at, functools.partial(self._losses, at=at))
+        for method in self._batches:
+            batch = method.batch(batch, at)
+        return batch
+
     def _cut(self, slices: list[tuple[Batch, At]]) -> list[Part]:
+        """Cut slices into parts, and give what counts in all of them the same weight."""
+        weights = self._normal([self._weights(batch.targets) for batch, _ in slices])
+        examples = sum(len(batch) for batch, _ in slices)
         parts: list[Part] = []
-        row = 0
-        for batch, at in slices:
-            size = self.microbatch or len(batch)
-            for begin in range(0, len(batch), size):
-                cut = batch if size >= len(batch) else batch.take(slice(begin, begin + size))
-                parts.append(Part(cut, at, row + begin, len(parts)))
-            row += len(batch)
+        for (batch, at), weight in zip(slices, weights):
+            size = len(batch)
+            row = at.slice * max(size, at.batch // at.slices)
+            if self.microbatch is None or self.microbatch >= size:
+                parts.append(Part(batch, at, row, 0, size / examples, weight))
+                continue
+            for number, begin in enumerate(range(0, size, self.microbatch)):
+                here = slice(begin, begin + self.microbatch)
+                cut = batch.take(here)
+                mine = None if weight is None else weight[here]
+                parts.append(Part(cut, at, row + begin, number, len(cut) / examples, mine))
         return parts
 
-    def _rounds(self, at: At) -> Any:
-        """A generator of passes: the recipe's, or a single one."""
-        if self._passes:
-            return self._passes[0].passes([p for p in self.model.parameters() if p.requires_grad], at)
-        return (None for _ in range(1))
+    def _normal(self, weights: list[Tensor | None]) -> list[Tensor | None]:
+        """The weights of a step's slices, such that all of them sum to 1, or are 0 where nothing counts."""
+        sums = [weight.sum(dtype=self._precision) for weight in weights if weight is not None]
+        if not sums:
+            return weights
+        count = (sums[0] if len(sums) == 1 else torch.stack(sums).sum()).clamp_(min=1e-12)
+        return [None if weight is None else (weight / count).to(self._precision) for weight in weights]
+
+    def _enter(self, at: At, row: int, number: int | str) -> None:
+        """Tell the time to the layers that ask for it, and seed those that draw by themselves.
+
+        All are seeded, since from outside nobody sees whether a forward calls `F.dropout`.
+        """
+        for timed in self._timed:
+            timed.advance(at, row, self.device)
+        seed = stable_hash(at.seed, "layers", at.step, at.slice, number)
+        for generator in self._generators:
+            generator.manual_seed(seed)
 
     def _weights(self, targets: Any) -> Tensor | None:
         """How much each value of the loss counts, or None where each example counts the same."""
-        if isinstance(targets, Mixed):
-            first, second = self.valid(targets.first), self.valid(targets.second)
-            if first is None:
-                return None
-            share = _by_example(targets.share, first)
-            return share * first + (1 - share) * second
-        counts = self.valid(targets)
-        return None if counts is None else counts.float()
+        if not isinstance(targets, Mixed):
+            return self.valid(targets)
+        first, second = self.valid(targets.first), self.valid(targets.second)
+        if first is None or second is None:
+            return None
+        share = _by_example(targets.share, first)
+        return share * first + (1 - share) * second
 
-    def _weighted(self, values: Tensor, targets: Any) -> Tensor:
-        weights = self._weights(targets)
-        if weights is None:
-            return values.flatten(1).mean(1) if values.ndim > 1 else values
-        if weights.shape != values.shape:
-            raise ValueError(
-                f"the loss gives values of shape {tuple(values.shape)} for targets whose counting ones have "
-                f"shape {tuple(weights.shape)}; give Updater(valid=...), a bool for each value"
-            )
-        return torch.where(weights > 0, values, 0) * weights
-
-    def _losses(self, batch: Batch) -> Tensor:
+    @torch.no_grad()
+    def _losses(self, batch: Batch, at: At) -> Tensor:
         """(N,) losses of a batch by the plain loss; no gradient, no moved statistics."""
-        kept = self._buffers()
-        with torch.no_grad():
-            values = self.base(self.run_model(self.wrapped, batch.inputs), batch.targets)
-            if kept:
-                torch._foreach_copy_(list(self.model.buffers()), kept)
-            if values.ndim == 0:
-                raise ValueError("selecting examples needs per-example losses, and this loss gives a scalar")
-            weights = self._weights(batch.targets)
-            if values.ndim == 1:
-                return values
-            if weights is None:
-                return values.flatten(1).mean(1)
-            return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
+        self._enter(at, at.slice * (at.batch // at.slices), "scores")
+        try:
+            values = self._scores(self.run_model(self.wrapped, batch.inputs), batch.targets)
+        finally:
+            self._restore(self._before)
+        weights = self._weights(batch.targets)
+        if values.ndim == 1:
+            return values
+        if weights is None:
+            return values.flatten(1).mean(1)
+        values = torch.where(weights, values, 0)
+        return values.flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
+
+    def _clear_gradients(self) -> None:
+        """As `zero_grad`, at a tenth of its cost, and of parameters that the optimizer does not step too."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _moving(self) -> list[Tensor]:
+        return [buffer for buffers, name in self._places if (buffer := buffers[name]) is not None]
 
     def _buffers(self) -> list[Tensor]:
-        return [buffer.clone() for buffer in self.model.buffers()]
+        return [buffer.clone() for buffer in self._moving()]
 
-    def _estimate_batch_norm(self, calibration: Iterable[Any]) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        if not layers:
-            return
-        momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # type: ignore[assignment]  # None: a plain average over the batches
-            layer.train()
+    @torch.no_grad()
+    def _restore(self, kept: list[Tensor]) -> None:
+        if kept:
+            torch._foreach_copy_(self._moving(), kept)
+
+    def _batch_norms(self) -> list[_BatchNorm]:
+        """The layers whose statistics move; frozen ones stand in eval mode within a training model."""
+        return [
+            module
+            for module in self.wrapped.modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats
+            if module.training or not self.wrapped.training
+        ]
+
+    def _estimate(self, norms: list[_BatchNorm], calibration: Iterable[Any]) -> None:
+        """Make the running statistics of these layers a plain average over the batches."""
+        momenta = [norm.momentum for norm in norms]
         try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+                norm.train()
             count = 0
             for item in calibration:
                 inputs = item if isinstance(item, Tensor | Mapping) else item[0]
@@ -461,9 +624,9 @@ class Updater:
                     "averaged weights need batch norm re-estimated: update.evaluating(plan.calibration(data))"
                 )
         finally:
-            for layer, momentum in zip(layers, momenta):
-                layer.momentum = momentum
-                layer.eval()
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
+                norm.eval()
 
     def _predict(self) -> Forward:
         forward: Forward = functools.partial(self.run_model, self.wrapped)
@@ -472,18 +635,24 @@ class Updater:
         return forward
 
 
-# ------------------------------------------------------------------------------------------------- small parts
+# ------------------------------------------------------------------------------------------------ small parts
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model as it was built: out of DDP (`module`) and torch.compile (`_orig_mod`)."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+    """The model with the names it was built with: out of DDP (`module`) and torch.compile (`_orig_mod`).
+
+    Where parts inside were compiled on their own, a shallow copy of what holds them: its parameters, buffers,
+    hooks and other parts are the model's.
+    """
+    while isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module) or isinstance(
+        model, nn.parallel.DistributedDataParallel | nn.DataParallel
+    ):
+        model = inner if inner is not None else model.module  # type: ignore[assignment]
+    children = {name: child and unwrap(child) for name, child in model._modules.items()}
+    if any(child is not model._modules[name] for name, child in children.items()):
+        model = copy.copy(model)
+        model.__dict__["_modules"] = children
+    return model
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
@@ -495,17 +664,17 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
 def per_example(loss: Loss) -> Loss:
     """A torch loss asked for one value an example; any other callable as it is."""
     if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
-        loss = copy.copy(loss)
-        loss.reduction = "none"  # type: ignore[attr-defined]
-        return loss
+        module: Any = copy.copy(loss)
+        module.reduction = "none"
+        return module
     try:
         takes_reduction = "reduction" in inspect.signature(loss).parameters
     except (TypeError, ValueError):
         takes_reduction = False
-    return functools.partial(loss, reduction="none") if takes_reduction else loss
+    return functools.partial(loss, **{"reduction": "none"}) if takes_reduction else loss
 
 
-def default_valid(loss: Loss) -> Callable[[Any], Any]:
+def default_valid(loss: Loss) -> Valid:
     """Which targets count: integer ones other than the loss's ignore_index (-100 where it has none)."""
     ignore = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", -100))
 
@@ -533,24 +702,12 @@ def _by_example(share: Tensor, like: Tensor) -> Tensor:
     return share.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _in_slice(at: At, number: int) -> At:
-    return At(*(getattr(at, f) for f in list(At.__dataclass_fields__)[:-2]), number, at.slices)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-
-
-def _restore_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    """Set a hyperparameter, in place where it is a tensor that compiled code reads."""
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -566,4 +723,4 @@ class _ScaleGradient(torch.autograd.Function):
         return gradients[0] * ctx.saved_tensors[0], None
 
 
-__all__ = ["Method", "Updater", "default_valid", "per_example", "run_model", "unwrap"]
+__all__ = ["Updater", "default_valid", "per_example", "run_model", "unwrap"]

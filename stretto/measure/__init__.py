@@ -2,7 +2,8 @@
 
 clock.py       what counts as training time
 store.py       runs on disk, named by content
-race.py        interleaved contests to a target
 statistics.py  speed-ups, intervals, misses, power
-report.py      one HTML file, and tables, from stored runs only
+race.py        interleaved contests to a target; memory.py its peaks, live.py its table while it runs
+summary.py     what a race showed: numbers, sentences, the table
+report.py      one HTML page, from stored runs only
 """

@@ -69,14 +69,15 @@ def _day(created: str) -> str:
         return created
 
 
+TIES = re.compile(
+    r"(?<=,) (?=[\d.]+\])|(?<=x) (?=\[)|(?<=\(no) (?=verdict)|(?<=\d) (?=×)|(?<=×) (?=\d)|(?<=[<>]) (?=\d)"
+    r"|(?<=[a-z]) (?=[\d.]+$)|(?<=\d) (?=(s|min|h|k|M|G|MB|GB|%|seeds?)\b)"
+)
+
+
 def _tied(text: str) -> str:
-    """Text whose intervals and units stay on one line; in a cell, only a verdict goes to the next."""
-    text = text.replace("one-sided", "one\N{NON-BREAKING HYPHEN}sided")
-    return re.sub(
-        r"(?<=,) (?=[\d.]+\])|(?<=\d) (?=s\b|min\b|h\b|k\b|M\b|MB\b|GB\b|%|seeds?\b)|(?<=x) (?=\[)",
-        "\N{NO-BREAK SPACE}",
-        text,
-    )
+    """Text whose intervals, products and units stay on one line."""
+    return TIES.sub("\N{NO-BREAK SPACE}", text.replace("one-sided", "one\N{NON-BREAKING HYPHEN}sided"))
 
 
 def _fields(method: dict[str, Any]) -> list[tuple[str, str]]:

@@ -280,7 +280,7 @@ def _answer(summary: Summary, reference: Arm | None, arm: Arm) -> str:
         missed = len(reference.results) - reference.hits
         text += f"; {reference.label} missed it in {missed} of {len(reference.results)} runs"
     found = arm.wall or arm.steps
-    verdict = _verdict(summary, found).replace("] not", "], not")
+    verdict = _verdict(summary, found).replace("] not", "], not").replace(" (no verdict)", ", no verdict")
     text += f": {verdict} ({seeds}, {'wall time' if arm.wall else 'in steps'})."
     if arm.wall is None:
         text += f" Seconds are not compared: {arm.why or reference.why}."
@@ -313,11 +313,13 @@ def _warnings(summary: Summary) -> list[str]:
     control = next((arm for arm in summary.arms if arm.name == race.get("control")), None)
     if control is None:
         found.append("This race had no control, so nothing tells how far the clock can be trusted.")
-    elif control.wall and control.wall.verdict != "not resolved":
-        found.append(
-            f"The control, {race['reference']} raced against itself, came out at {control.wall.figures}, "
-            "which excludes 1: differences of this size are this machine's noise."
-        )
+    else:
+        found += [
+            f"The control, {race['reference']} raced against itself, came out at {ratio.figures} in {what} "
+            "time, which excludes 1: differences of this size are this machine's noise."
+            for ratio, what in ((control.wall, "wall"), (control.cpu, "CPU"))
+            if ratio and ratio.verdict != "not resolved"
+        ]
     for arm in summary.arms:
         if arm.unfinished:
             found.append(f"{arm.label}: {arm.unfinished} of its runs did not finish and count nowhere.")

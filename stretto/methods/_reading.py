@@ -36,7 +36,7 @@ def literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return re.sub(r"^([0-9.eE+]+)\s*([a-z]+)$", r"\1 \2", text)
+        return re.sub(r"^([0-9.]+(?:[eE][+-]?\d+)?)\s*([a-z]+)$", r"\1 \2", text)
 
 
 def unwrap_brackets(text: str) -> str:

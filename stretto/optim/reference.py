@@ -46,7 +46,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step number `step`, from 1, of AdamW: parameter, average and average square, the latter zero at first."""
+    """Step number `step`, from 1, of AdamW: parameter, average, average square; both begin at zero."""
     average = betas[0] * average + (1 - betas[0]) * gradient
     square = betas[1] * square + (1 - betas[1]) * gradient**2
     unbiased, spread = average / (1 - betas[0] ** step), torch.sqrt(square / (1 - betas[1] ** step))

@@ -14,6 +14,7 @@ from worlds import (
     WORLDS,
     assert_same,
     recipe_of,
+    saved_and_loaded,
     train,
     worlds_of,
 )
@@ -58,7 +59,7 @@ def test_resumed_equals_uninterrupted(name, world):
     recipe = recipe_of(name)
     whole = train(WORLDS[world], recipe)
     half = train(WORLDS[world], recipe, until=STEPS // 2)
-    rest = train(WORLDS[world], recipe, state=half.state)
+    rest = train(WORLDS[world], recipe, state=saved_and_loaded(half.state))
     assert_same(half.losses + rest.losses, whole.losses)
     assert_same(rest.state, whole.state)
 
@@ -66,9 +67,9 @@ def test_resumed_equals_uninterrupted(name, world):
 @pytest.mark.parametrize("first, second, world", PAIR_CASES)
 def test_pairs_resume_and_do_not_care_for_the_order_of_listing(first, second, world):
     """One way round without a stop, the other way round with one: the same bits."""
-    whole = train(WORLDS[world], recipe_of(first, second))
-    half = train(WORLDS[world], recipe_of(second, first), until=STEPS // 2)
-    rest = train(WORLDS[world], recipe_of(second, first), state=half.state)
+    whole = train(WORLDS[world], recipe_of(first, second), steps=4)
+    half = train(WORLDS[world], recipe_of(second, first), steps=4, until=2)
+    rest = train(WORLDS[world], recipe_of(second, first), steps=4, state=saved_and_loaded(half.state))
     assert all(map(math.isfinite, whole.losses))
     assert_same(half.losses + rest.losses, whole.losses)
     assert_same(rest.state, whole.state)

@@ -132,7 +132,7 @@ class Trace:
 
     @property
     def state(self) -> dict[str, Any]:
-        return saved_and_loaded(self.update.state_dict())
+        return self.update.state_dict()
 
 
 def train(
@@ -145,9 +145,10 @@ def train(
     microbatch: int | None = None,
     slices: int | None = None,
     seed: int = 3,
+    steps: int = STEPS,
 ) -> Trace:
-    """From step 0, or from a state, to the end of a run of STEPS or to just before step `until`."""
-    plan = Plan(recipe, EXAMPLES, batch, steps=STEPS, seed=seed, slices=slices)
+    """From step 0, or from a state, to the end of the run or to just before step `until`."""
+    plan = Plan(recipe, EXAMPLES, batch, steps=steps, seed=seed, slices=slices)
     model = recipe.model(world.model(dtype), seed)
     update = Updater(recipe, model, world.loss, plan, microbatch=microbatch)
     if state is not None:
