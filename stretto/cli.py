@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,7 +54,13 @@ class Race:
         store = Store(self.out)
         with live.shown(workload.metric, workload.targets[target], workload.falls) as watch:
             race_id = race.race(
-                workload, arms, store, target=target, seeds=range(self.seeds), control=self.control, watch=watch
+                workload,
+                arms,
+                store,
+                target=target,
+                seeds=range(self.seeds),
+                control=self.control,
+                watch=watch,
             )
         return _conclude(store, race_id)
 
@@ -82,12 +89,23 @@ class Train:
         store = Store(self.out)
         with live.shown(workload.metric, None, workload.falls) as watch:
             race_id = race.race(
-                workload, [arm], store, target=None, seeds=[self.seed], control="off", memory=False, watch=watch
+                workload,
+                [arm],
+                store,
+                target=None,
+                seeds=[self.seed],
+                control="off",
+                memory=False,
+                watch=watch,
             )
         found = store.race(race_id)
         for run in map(store.run, found["arms"][0]["runs"]):
             rows = run.rows()
-            last = f", {workload.metric} {rows[-1][workload.metric]:.4f} at step {rows[-1]['step']}" if rows else ""
+            last = (
+                f", {workload.metric} {rows[-1][workload.metric]:.4f} at step {rows[-1]['step']}"
+                if rows
+                else ""
+            )
             error = f" ({run.record['error']})" if run.record["error"] else ""
             print(f"{run.record['state']}{error}{last}; the run lies in {run.path}")
         return 130 if found["interrupted"] else 0
@@ -153,7 +171,7 @@ class Doctor:
         return 0
 
 
-COMMANDS: dict[str, type] = {
+COMMANDS: dict[str, Callable[..., Race | Train | Report | Methods | Doctor]] = {
     "race": Race, "train": Train, "report": Report, "methods": Methods, "doctor": Doctor,
 }  # fmt: skip
 
@@ -168,7 +186,10 @@ def main(arguments: list[str] | None = None) -> None:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(COMMANDS)}"
         sys.exit(_mistake(f"there is no command {given[0]!r}; {hint}"))
     command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="stretto", args=given, description="Train neural networks faster, and measure by how much."
+        COMMANDS,
+        prog="stretto",
+        args=given,
+        description="Train neural networks faster, and measure by how much.",
     )
     try:
         sys.exit(command.run())
@@ -210,7 +231,3 @@ def _conclude(store: object, race_id: str) -> int:
         print("interrupted: everything measured so far is kept, and the same command goes on from there")
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    main()

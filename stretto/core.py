@@ -44,6 +44,15 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def mix(*numbers: int) -> int:
+    """A hash of whole numbers in [0, 2**64), as `stable_hash`, at a tenth of its cost."""
+    mixed = 0
+    for number in numbers:
+        mixed = ((mixed ^ number) + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed
+
+
 def scramble(x: Tensor) -> Tensor:
     """A bijection of int64 values that looks random (the finaliser of splitmix64); compiles, never syncs."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47

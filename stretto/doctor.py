@@ -80,4 +80,6 @@ def _workload(workload: type) -> str:
         return str(error)
     if made.fingerprint == made.measured_on:
         return f"data {made.fingerprint}, on which its targets were measured"
-    return f"data {made.fingerprint}; its targets were measured on {made.measured_on}, so races give no verdict"
+    return (
+        f"data {made.fingerprint}; its targets were measured on {made.measured_on}, so races give no verdict"
+    )

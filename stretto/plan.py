@@ -67,7 +67,8 @@ class Plan:
         self.ends = list(accumulate(self.sizes))  # examples done after each step
         self.planned = self.ends[-1]
         self.step = 0
-        self._orders: dict[int, Tensor] = {}
+        self._orders: dict[int, Tensor] = {}  # by epoch
+        self._latest = (-1, torch.empty(0, dtype=torch.int64))  # step and ids
 
     def _pace(self, samples: int) -> Callable[[float], int] | None:
         """Batch sizes of a run over so many examples, from examples done; None where nothing paces them."""
@@ -148,6 +149,11 @@ class Plan:
 
     def indices(self, at: At) -> Tensor:
         """The data set's ids of this step's global batch, (at.batch,) int64, in row order."""
+        if at.step != self._latest[0]:  # a host asks for the data, then the Updater
+            self._latest = (at.step, self._draw(at))
+        return self._latest[1]
+
+    def _draw(self, at: At) -> Tensor:
         epoch, offset = divmod(at.done, self.examples)
         if offset + at.batch <= self.examples:
             return self._order(epoch)[offset : offset + at.batch]

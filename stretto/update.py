@@ -44,6 +44,7 @@ from stretto.core import (
     WrapMethod,
     generators,
     map_data,
+    mix,
     nearest,
     short_form,
     stable_hash,
@@ -171,7 +172,8 @@ class Updater:
                     self._enter(part.at, part.row, part.number)
                     self._part = part
                     yield part.batch
-                self._restore(before)  # statistics count one pass
+                if before:
+                    self._restore(before)  # statistics count one pass
             complete = True
         finally:
             self._part = None
@@ -220,9 +222,9 @@ class Updater:
             )
         values = self._values(outputs, targets)
         if values.ndim == 0:  # the mean over what counts in this part
-            total = values * (part.share if part.weights is None else part.weights.sum())
+            total = _times(values, part.share) if part.weights is None else values * part.weights.sum()
         elif part.weights is None:
-            total = values.mean() * part.share
+            total = _times(values.mean(), part.share)
         elif part.weights.shape == values.shape:
             if self._guarded:
                 values = torch.where(part.weights > 0, values, 0)
@@ -537,21 +539,26 @@ class Updater:
         return parts
 
     def _normal(self, weights: list[Tensor | None]) -> list[Tensor | None]:
-        """The weights of a step's slices, such that all of them sum to 1, or are 0 where nothing counts."""
-        sums = [weight.sum(dtype=self._precision) for weight in weights if weight is not None]
-        if not sums:
-            return weights
-        count = (sums[0] if len(sums) == 1 else torch.stack(sums).sum()).clamp_(min=1e-12)
+        """The weights of a step's slices, such that all of them sum to 1, or are 0 where nothing counts.
+
+        None where all count alike, as far as that is known without waiting for the device.
+        """
+        known = [weight for weight in weights if weight is not None]
+        on_cpu = self.device.type == "cpu"
+        if not known or (on_cpu and all(w.dtype == torch.bool and bool(w.all()) for w in known)):
+            return [None] * len(weights)
+        sums = [weight.sum(dtype=self._precision) for weight in known]
+        count = functools.reduce(torch.add, sums).clamp_(min=1e-12)
         return [None if weight is None else (weight / count).to(self._precision) for weight in weights]
 
-    def _enter(self, at: At, row: int, number: int | str) -> None:
+    def _enter(self, at: At, row: int, number: int) -> None:
         """Tell the time to the layers that ask for it, and seed those that draw by themselves.
 
         All are seeded, since from outside nobody sees whether a forward calls `F.dropout`.
         """
         for timed in self._timed:
             timed.advance(at, row, self.device)
-        seed = stable_hash(at.seed, "layers", at.step, at.slice, number)
+        seed = mix(at.seed, at.step, at.slice, number)
         for generator in self._generators:
             generator.manual_seed(seed)
 
@@ -568,7 +575,7 @@ class Updater:
     @torch.no_grad()
     def _losses(self, batch: Batch, at: At) -> Tensor:
         """(N,) losses of a batch by the plain loss; no gradient, no moved statistics."""
-        self._enter(at, at.slice * (at.batch // at.slices), "scores")
+        self._enter(at, at.slice * (at.batch // at.slices), -1)
         try:
             values = self._scores(self.run_model(self.wrapped, batch.inputs), batch.targets)
         finally:
@@ -700,6 +707,10 @@ def _needs_examples(loss: Loss, who: str) -> Loss:
 
 def _by_example(share: Tensor, like: Tensor) -> Tensor:
     return share.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _times(value: Tensor, share: float) -> Tensor:
+    return value if share == 1.0 else value * share
 
 
 def _set(group: dict[str, Any], name: str, value: float) -> None:

@@ -68,7 +68,9 @@ def test_runs_of_another_version_are_refused(capsys: pytest.CaptureFixture[str],
     assert "schema 99" in capsys.readouterr().err
 
 
-def test_a_recipe_file_is_read_and_its_mistakes_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_recipe_file_is_read_and_its_mistakes_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"methods": [{"method": "adamw", "lr": 0.004}], "batch": 64, "budget": 640}))
     assert call("train", "digits", "--recipe", str(path), "--out", str(tmp_path / "runs")) == 0
@@ -109,7 +111,7 @@ def test_a_race_prints_its_table_and_report(capsys: pytest.CaptureFixture[str], 
 
 @pytest.mark.slow
 def test_ctrl_c_prints_the_table_so_far_and_keeps_everything(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "stretto.cli", "race", "digits", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "stretto", "race", "digits", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not any(run.rows() for run in Store(tmp_path).runs()):
         time.sleep(0.1)

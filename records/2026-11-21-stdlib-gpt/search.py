@@ -18,6 +18,7 @@ from stretto.workloads import find
 
 SEED = 1000
 BODY = "rotary_positions, qk_norm, squared_relu, zero_init_residual, short_convolution, warmup_stable_decay"
+LEAN = "rotary_positions, squared_relu, zero_init_residual, warmup_stable_decay"
 TABLES = "ngram_embeddings, value_embeddings"
 TRIALS = [
     f"{BODY}, {TABLES}, muon @ batch=8 budget=160",
@@ -28,6 +29,10 @@ TRIALS = [
     f"{BODY}, ngram_embeddings:rate=8, value_embeddings, muon:iterations=3 @ batch=8 budget=112",
     f"{BODY}, ngram_embeddings:rate=8, value_embeddings, muon:momentum=0.85 @ batch=8 budget=112",
     f"{BODY}, ngram_embeddings:rate=8:rows=4096, value_embeddings, muon @ batch=8 budget=112",
+    f"{LEAN}, ngram_embeddings:rate=8, value_embeddings, muon:momentum=0.85 @ batch=8 budget=112",
+    f"{LEAN}, ngram_embeddings:rate=8, value_embeddings, adamw:lr=0.004 @ batch=8 budget=112",
+    f"{LEAN}, ngram_embeddings:rate=8, value_embeddings, muon:lr=0.03:adam_lr=0.008:momentum=0.85 @ batch=8 budget=112",
+    f"{LEAN}, ngram_embeddings:rate=8, value_embeddings, muon:momentum=0.85:iterations=3 @ batch=8 budget=112",
 ]
 
 
@@ -41,7 +46,10 @@ def main() -> None:
         race_id = race(workload, [trial], store, target=None, seeds=[SEED], control="off", memory=False)
         rows = store.run(store.race(race_id)["arms"][0]["runs"][0]).rows()
         last = rows[-1]
-        print(f"{number:2} {last['loss']:.4f} in {last['cpu']:.1f} CPU s, {last['step']} steps: {text}", flush=True)
+        print(
+            f"{number:2} {last['loss']:.4f} in {last['cpu']:.1f} CPU s, {last['step']} steps: {text}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

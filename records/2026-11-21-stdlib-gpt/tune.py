@@ -2,9 +2,10 @@
 
     python records/2026-11-21-stdlib-gpt/tune.py baseline --out runs-tune
 
-From a start point all six neighbours are run; the best becomes the next start, until none of the neighbours is
-better: the point is then interior to the grid in every direction. One seed, not one that is raced. Every run
-spends the whole budget, its schedule decayed to zero; the budget is the same in time for every batch size. Prints every trial; the runs stay in --out.
+From a start point all six neighbours are run; the best becomes the next start, until none of the neighbours
+is better: the point is then interior to the grid in every direction. One seed, not one that is raced. Every
+run spends the whole budget, its schedule decayed to zero; the budget is the same in time for every batch
+size. Prints every trial; the runs stay in --out.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def main() -> None:
             lr, batch, decay = point
             recipe = base.recipe.replace(AdamW, lr=lr, weight_decay=decay)
             seen[point] = final_loss(store, Arm(f"{options.arm} trial", recipe, batch, BUDGETS[batch]), SEED)
-            print(f"{len(seen):3} lr={lr:g} batch={batch} weight_decay={decay:g}: {seen[point]:.4f}", flush=True)
+            print(
+                f"{len(seen):3} lr={lr:g} batch={batch} weight_decay={decay:g}: {seen[point]:.4f}", flush=True
+            )
         return seen[point]
 
     best: Point = (1e-3, 4, 0.1)

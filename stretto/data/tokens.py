@@ -13,7 +13,9 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, stream: Tensor, length: int) -> None:
         count = (len(stream) - 1) // length
         if count < 1:
-            raise ValueError(f"a stream of {len(stream)} tokens holds no window of {length} and its successor")
+            raise ValueError(
+                f"a stream of {len(stream)} tokens holds no window of {length} and its successor"
+            )
         self.stream, self.length, self.count = stream, length, count
         self._span = torch.arange(length + 1, device=stream.device)
 

@@ -20,7 +20,8 @@ PLAIN_SECONDS = 5.0  # between plain lines
 class Watch(Protocol):
     """Whoever wants to know where the contestants are."""
 
-    def __call__(self, standings: Sequence[Standing]) -> None: ...
+    def __call__(self, standings: Sequence[Standing]) -> None:
+        """Called after each block."""
 
 
 @contextmanager

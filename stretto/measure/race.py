@@ -367,7 +367,12 @@ def machine() -> dict[str, Any]:
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
-    return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
 
 
 def _checkpoint(run: Run) -> Path:
@@ -444,7 +449,11 @@ def _time(entry: Entry, run: Run, sitting: str) -> dict[str, Any]:
     steps = _steps_counted(run)
     if run.record["sitting"] == sitting:
         row = next((row for row in run.rows() if row["step"] == steps), None)
-        return {"wall": row["wall"], "cpu": row["cpu"], "source": "sitting"} if row else {"why": "it has no evaluation"}
+        return (
+            {"wall": row["wall"], "cpu": row["cpu"], "source": "sitting"}
+            if row
+            else {"why": "it has no evaluation"}
+        )
     if entry.cost:
         return {"wall": entry.cost[0] * steps, "cpu": entry.cost[1] * steps, "source": "remeasured"}
     return {"why": "it was stored in another sitting, and its cost was not measured again in this one"}

@@ -81,5 +81,5 @@ class NGramEmbeddings(ModelMethod, FactorsMethod):
         return {"lr": self.rate} if any(parameter is table for table in _tables(model)) else {}
 
 
-def _tables(model: nn.Module) -> Iterator[nn.Parameter]:
+def _tables(model: nn.Module) -> Iterator[Tensor]:
     return (module.table.weight for module in model.modules() if isinstance(module, NGramTables))

@@ -21,8 +21,8 @@ class DecoupledSGD(torch.optim.SGD):
         """Decay, then torch's step."""
         decays = [group["weight_decay"] for group in self.param_groups]
         for group in self.param_groups:
-            if group["weight_decay"]:
-                params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             group["weight_decay"] = 0.0
         try:

@@ -91,9 +91,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for output in (block.attention.output, block.mlp.output):
-                nn.init.normal_(output.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith("output.weight"):  # what ends a residual branch
+                nn.init.normal_(parameter, std=0.02 / (2 * len(self.blocks)) ** 0.5)
 
     def forward(self, tokens_NT: Tensor) -> Tensor:
         """Logits of the token that follows each position."""

@@ -28,7 +28,9 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Images (N, channels, H, W) -> logits (N, classes); each stage after the first halves the image."""
 
-    def __init__(self, channels: int, classes: int, widths: tuple[int, ...], blocks_per_stage: int = 1) -> None:
+    def __init__(
+        self, channels: int, classes: int, widths: tuple[int, ...], blocks_per_stage: int = 1
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.stem_norm = nn.BatchNorm2d(widths[0])

@@ -6,12 +6,12 @@ A family is a function from a model to its `Roles`; `roles(model)` finds it by t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from stretto.models.gpt import GPT, Attention
+from stretto.models.gpt import GPT
 from stretto.models.resnet import ResNet
 
 
@@ -35,25 +35,25 @@ class Roles:
     attentions: tuple[AttentionRoles, ...] = ()
     activations: tuple[tuple[nn.Module, str], ...] = ()  # of MLPs: the module that holds one, and its name
     residual_ends: tuple[nn.Module, ...] = ()  # the last layer of each residual branch: its weight scales it
-    heads: tuple[nn.Module, ...] = field(default=())  # the layers that give the outputs
+    heads: tuple[nn.Module, ...] = ()  # the layers that give the outputs
 
 
 def _gpt(model: GPT) -> Roles:
-    attentions = [block.attention for block in model.blocks]
+    blocks: list[Any] = list(model.blocks)
+    attentions = [block.attention for block in blocks]
     return Roles(
         tokens=model.tokens,
         positions=(model, "positions") if model.positions is not None else None,
         attentions=tuple(AttentionRoles(a, a.query, a.key, a.value, a.heads) for a in attentions),
-        activations=tuple((block.mlp, "activation") for block in model.blocks),
-        residual_ends=tuple(
-            end for block in model.blocks for end in (block.attention.output, block.mlp.output)
-        ),
+        activations=tuple((block.mlp, "activation") for block in blocks),
+        residual_ends=tuple(end for block in blocks for end in (block.attention.output, block.mlp.output)),
         heads=(model.head,),
     )
 
 
 def _resnet(model: ResNet) -> Roles:
-    return Roles(residual_ends=tuple(block.norm2 for block in model.blocks), heads=(model.head,))
+    blocks: list[Any] = list(model.blocks)
+    return Roles(residual_ends=tuple(block.norm2 for block in blocks), heads=(model.head,))
 
 
 FAMILIES: dict[type[nn.Module], Callable[[Any], Roles]] = {GPT: _gpt, ResNet: _resnet}
@@ -70,7 +70,9 @@ def roles(model: nn.Module) -> Roles:
 def nothing_found(method: str, what: str, model: nn.Module) -> ValueError:
     """The error of a method that found nothing to change."""
     families = ", ".join(family.__name__ for family in FAMILIES)
-    return ValueError(f"{method} looks for {what} and found none in {type(model).__name__}; it knows {families}")
+    return ValueError(
+        f"{method} looks for {what} and found none in {type(model).__name__}; it knows {families}"
+    )
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, str]:
@@ -110,7 +112,7 @@ def tap(projection: nn.Linear, heads: int, stage: str, layer: nn.Module) -> None
     The projection's own keys, hooks and class stay as they are; the layer's keys are `taps.<stage>.…`.
     """
     if not hasattr(projection, "taps"):
-        projection.taps = Taps(heads)
+        projection.taps = Taps(heads).train(projection.training)
         projection.register_forward_hook(_run_taps)
     layer.to(projection.weight.device, projection.weight.dtype).train(projection.training)
     taps: Any = projection.taps
@@ -143,6 +145,3 @@ class Taps(nn.Module):
 
 def _run_taps(projection: Any, inputs: Any, output: Tensor) -> Tensor:
     return projection.taps(output)
-
-
-__all__ = ["FAMILIES", "Attention", "AttentionRoles", "Roles", "parameter_kinds", "replace_child", "roles", "tap"]

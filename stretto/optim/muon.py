@@ -66,7 +66,7 @@ class Muon(Optimizer):
         return loss
 
     def _spectral(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         momenta = [self._state(p, "momentum") for p in params]
         beta, lr = group["momentum"], group["lr"]
         torch._foreach_lerp_(momenta, grads, 1 - beta)

@@ -70,7 +70,9 @@ def _read_file(path: Path) -> Arm:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no recipe file that can be read: {error}") from None
     if not isinstance(data, dict) or "methods" not in data:
-        raise ValueError(f'{path} holds no recipe; it should look like {{"methods": [{{"method": "adamw"}}]}}')
+        raise ValueError(
+            f'{path} holds no recipe; it should look like {{"methods": [{{"method": "adamw"}}]}}'
+        )
     recipe = methods.from_json({"methods": data["methods"]})
     return Arm(data.get("name", path.stem), recipe, data.get("batch"), data.get("budget"))
 

@@ -30,7 +30,13 @@ def modern() -> Recipe:
 def fast_without_tables() -> Recipe:
     """The best composition found at the baseline's parameter count."""
     return Recipe(
-        Muon(), WarmupStableDecay(), RotaryPositions(), QKNorm(), SquaredReLU(), ZeroInitResidual(), ShortConvolution()
+        Muon(),
+        WarmupStableDecay(),
+        RotaryPositions(),
+        QKNorm(),
+        SquaredReLU(),
+        ZeroInitResidual(),
+        ShortConvolution(),
     )
 
 

@@ -35,14 +35,19 @@ class Digits(Workload):
     batch = 64
     budget = 64 * 200
     metric = "accuracy"
-    targets = {"baseline": 0.97}
-    measured_on = ""
+    targets = {"baseline": 0.983}
+    measured_on = "314b97e8b73b"
 
     def __init__(self) -> None:
         images, labels = read_digits()
         valid = torch.arange(len(labels)) % 5 == 0
-        self._splits = {"train": Arrays(images[~valid], labels[~valid]), "valid": Arrays(images[valid], labels[valid])}
-        self._fingerprint = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:12]
+        self._splits = {
+            "train": Arrays(images[~valid], labels[~valid]),
+            "valid": Arrays(images[valid], labels[valid]),
+        }
+        self._fingerprint = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[
+            :12
+        ]
 
     @property
     def fingerprint(self) -> str:

@@ -18,7 +18,9 @@ from stretto.workloads.workload import Workload
 
 LENGTH = 128  # bytes in a window
 VALID_WINDOWS = 64  # of the validation split, drawn once for all runs
-LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"})
+LEFT_OUT = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
+)
 
 
 def source_files(root: Path) -> list[Path]:
@@ -39,9 +41,12 @@ def read_splits(root: Path) -> tuple[dict[str, Tensor], str]:
         chosen = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
         parts["valid" if chosen else "train"].append(text)
     if not all(parts.values()):
-        raise ValueError(f"no source files of the standard library under {root}; this Python ships without them")
+        raise ValueError(
+            f"no source files of the standard library under {root}; this Python ships without them"
+        )
     splits = {
-        split: torch.frombuffer(bytearray(b"\0".join(texts)), dtype=torch.uint8) for split, texts in parts.items()
+        split: torch.frombuffer(bytearray(b"\0".join(texts)), dtype=torch.uint8)
+        for split, texts in parts.items()
     }
     return splits, print_of_all.hexdigest()[:12]
 
@@ -80,9 +85,7 @@ class StdlibGPT(Workload):
     def evaluate(self, predict: Forward) -> dict[str, float]:
         """Mean loss over 64 windows of the held-out files, always the same ones."""
         inputs, targets = self._valid_windows()
-        losses = [
-            next_token_loss(predict(x), y).mean() for x, y in zip(inputs.split(32), targets.split(32))
-        ]
+        losses = [next_token_loss(predict(x), y).mean() for x, y in zip(inputs.split(32), targets.split(32))]
         return {"loss": float(torch.stack(losses).mean())}
 
     def _valid_windows(self) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from worlds import (
     NAMES,
     PAIRS,
     REFUSED,
-    WORLDS,
     conflict,
     example,
     recipe_of,
@@ -22,6 +21,7 @@ from worlds import (
 from stretto import methods
 from stretto.core import (
     SLOTS,
+    At,
     Batch,
     BatchMethod,
     FactorsMethod,
@@ -156,8 +156,6 @@ def test_either_refuses_what_shares_no_phase():
 
 
 def test_either_draws_by_its_share_and_alike_on_all_slices():
-    from stretto.core import At
-
     inputs = torch.ones(4, 2)
     batch = Batch(inputs, torch.zeros(4), torch.arange(4), torch.arange(4))
     either = methods.Either(Negate(), methods.MixUp(), share=0.3)
@@ -171,4 +169,3 @@ def test_either_draws_by_its_share_and_alike_on_all_slices():
         assert len(signs) == 1
         drawn.append(signs.pop())
     assert abs(sum(drawn) / 400 - 0.3) < 0.07
-    assert all(world.name for world in WORLDS.values())

@@ -51,7 +51,7 @@ def test_the_last_dimension_holds_the_classes_of_tokens(tokens, vocabulary):
 def _updated_loss(loss, outputs, targets, smoothing=0.1):
     """What the Updater makes of one batch."""
     recipe = Recipe(LabelSmoothing(smoothing), SGD(weight_decay=0.0))
-    model = torch.nn.Linear(2, 2)
+    model = torch.nn.Linear(2, 2).double()
     plan = Plan(recipe, len(outputs), len(outputs), steps=1)
     update = Updater(recipe, model, loss, plan)
     [value] = [
@@ -88,7 +88,7 @@ def test_mixed_targets_are_both_smoothed():
     dense = share[:, None] * F.one_hot(first, 5) + (1 - share[:, None]) * F.one_hot(second, 5)
     expected = F.cross_entropy(outputs, dense.double(), label_smoothing=0.1)
     recipe = Recipe(LabelSmoothing(0.1), SGD(weight_decay=0.0))
-    update = Updater(recipe, torch.nn.Linear(2, 2), F.cross_entropy, Plan(recipe, 4, 4, steps=1))
+    update = Updater(recipe, torch.nn.Linear(2, 2).double(), F.cross_entropy, Plan(recipe, 4, 4, steps=1))
     for _ in update(Batch(torch.zeros(4, 2), first), update.plan.at(0)):
         torch.testing.assert_close(update.loss(outputs, Mixed(first, second, share)), expected)
 

@@ -61,7 +61,9 @@ def test_resumed_through_a_checkpoint_file_equals_uninterrupted(digits: Digits, 
     assert whole.evaluate() == second.evaluate()
 
 
-def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_saving_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save({"step": 1}, path)
 
@@ -93,7 +95,9 @@ def test_steps_without_finite_gradients_are_skipped_then_stop_the_run_by_name(di
     trainer = Trainer(digits, Recipe(SGD()), max_skips=3)
     trainer.advance(1)
     kept = dict(trainer.model.named_parameters())["head.weight"].clone()
-    handle = dict(trainer.model.named_parameters())["head.weight"].register_hook(lambda grad: grad * float("nan"))
+    handle = dict(trainer.model.named_parameters())["head.weight"].register_hook(
+        lambda grad: grad * float("nan")
+    )
     trainer.advance(2)
     assert torch.equal(dict(trainer.model.named_parameters())["head.weight"], kept)
     assert (trainer.step, trainer.skips) == (3, 2)
