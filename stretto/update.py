@@ -54,6 +54,7 @@ from stretto.plan import Plan
 from stretto.timed import Clock, Timed
 
 Valid = Callable[[Any], Tensor | None]  # targets -> bool, in the shape of the loss's values; None: all count
+HALF = (torch.float16, torch.bfloat16)  # too short for sums
 _ONE_PASS = (None,)
 
 
@@ -73,8 +74,8 @@ class Updater:
 
     model: as `recipe.model` returned it, wrapped or not. loss: per-example, or a torch loss asked for it by
     `reduction="none"`. optimizer: yours, where the recipe has none. forward(model, inputs): how to run the
-    model where the Updater does so itself. valid(targets): which targets count. scaler: a GradScaler.
-    pretrained: weights were loaded, so INITIALISE is refused. microbatch: examples in one forward.
+    model where the Updater does so itself. valid(targets): which targets count; the loss is finite for the
+    others too. scaler: a GradScaler. pretrained: weights were loaded, so INITIALISE is refused. microbatch: examples in one forward.
     Schedules multiply `base`, a dict in each of the optimizer's groups, which may be changed during the run.
     Raises ValueError for a recipe without optimizer, and for a model that skipped `recipe.model`.
     """
@@ -109,7 +110,7 @@ class Updater:
         keepers = (*self._gradients, *self._constrains, *self._averages)
         self.state: dict[str, State] = {method.name: {} for method in keepers}
         self.clock = Clock()
-        self.valid, self._guarded = valid or default_valid(loss), valid is not None
+        self.valid = valid or default_valid(loss)
         self._values, self._scores = self._compose(per_example(loss))
         self.optimizer = self._build(optimizer)
 
@@ -221,14 +222,14 @@ class Updater:
                 "update.loss weighs a part of a step: call it in `for part in update(batch, at)`"
             )
         values = self._values(outputs, targets)
+        if values.dtype in HALF:
+            values = values.float()
         if values.ndim == 0:  # the mean over what counts in this part
             total = _times(values, part.share) if part.weights is None else values * part.weights.sum()
         elif part.weights is None:
             total = _times(values.mean(), part.share)
         elif part.weights.shape == values.shape:
-            if self._guarded:
-                values = torch.where(part.weights > 0, values, 0)
-            total = values.flatten().to(self._precision).dot(part.weights.flatten())
+            total = values.flatten().dot(part.weights.flatten().to(values.dtype))
         else:
             raise ValueError(
                 f"the loss gives values of shape {tuple(values.shape)} for targets whose counting ones have "
@@ -426,8 +427,6 @@ class Updater:
             if counts is None or others is None:
                 return share * first + (1 - share) * second
             own, other = share * counts, (1 - share) * others
-            if self._guarded:
-                first, second = torch.where(counts, first, 0), torch.where(others, second, 0)
             return (own * first + other * second) / (own + other).clamp(min=1e-12)
 
         return mixed
@@ -585,8 +584,7 @@ class Updater:
             return values
         if weights is None:
             return values.flatten(1).mean(1)
-        values = torch.where(weights, values, 0)
-        return values.flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
+        return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
 
     def _clear_gradients(self) -> None:
         """As `zero_grad`, at a tenth of its cost, and of parameters that the optimizer does not step too."""
@@ -655,7 +653,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model, nn.parallel.DistributedDataParallel | nn.DataParallel
     ):
         model = inner if inner is not None else model.module  # type: ignore[assignment]
-    children = {name: child and unwrap(child) for name, child in model._modules.items()}
+    children = {name: None if child is None else unwrap(child) for name, child in model._modules.items()}
     if any(child is not model._modules[name] for name, child in children.items()):
         model = copy.copy(model)
         model.__dict__["_modules"] = children

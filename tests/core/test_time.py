@@ -102,8 +102,8 @@ def test_a_generator_belongs_to_its_slice_and_shared_to_all():
 
 def test_hashes_are_the_same_in_every_process_and_version():
     """Draws that depend on PYTHONHASHSEED or the platform: no run could be repeated."""
-    assert stable_hash(0, "mixup", 3) == -8110113577217898917
-    expected = torch.tensor([[0.6535, 0.2497], [0.2497, 0.3838]])
+    assert stable_hash(0, "mixup", 3) == -4861659266224218218
+    expected = torch.tensor([[0.5153, 0.2452], [0.6977, 0.9008]])
     torch.testing.assert_close(hash_uniform(1, torch.arange(2), 2), expected, atol=1e-4, rtol=0)
 
 
