@@ -1,6 +1,6 @@
 """Write the runs of a store as one JSON line each: what was run, its outcome, and its evaluations.
 
-    python records/export.py runs/tune/baseline records/2026-11-21-stdlib-gpt/baseline.jsonl
+python records/export.py runs/tune/baseline records/2026-11-21-stdlib-gpt/baseline.jsonl
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from pathlib import Path
 
 from stretto.measure.store import Store
 
-KEPT = ("id", "sitting", "arm", "recipe", "budget", "seed", "execution", "versions", "state", "crossing", "clock")
+KEPT = (
+    "id",
+    "sitting",
+    "arm",
+    "recipe",
+    "budget",
+    "seed",
+    "execution",
+    "versions",
+    "state",
+    "crossing",
+    "clock",
+)
 
 
 def main() -> None:
@@ -23,7 +35,9 @@ def main() -> None:
     lines = []
     for run in sorted(store.runs(), key=lambda run: (run.path.stat().st_mtime, run.id)):
         record = {key: run.record[key] for key in KEPT} | {"batch": run.record["identity"]["batch"]}
-        columns = [key for key in ("step", "wall", "cpu", "train_loss", "loss", "accuracy") if key in run.rows()[0]]
+        columns = [
+            key for key in ("step", "wall", "cpu", "train_loss", "loss", "accuracy") if key in run.rows()[0]
+        ]
         rows = [[round(row[key], 5) for key in columns] for row in run.rows()]
         lines.append(json.dumps(record | {"columns": columns, "rows": rows}, separators=(",", ":")))
     options.file.write_text("\n".join(lines) + "\n")

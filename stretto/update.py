@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -75,7 +76,8 @@ class Updater:
     model: as `recipe.model` returned it, wrapped or not. loss: per-example, or a torch loss asked for it by
     `reduction="none"`. optimizer: yours, where the recipe has none. forward(model, inputs): how to run the
     model where the Updater does so itself. valid(targets): which targets count; the loss is finite for the
-    others too. scaler: a GradScaler. pretrained: weights were loaded, so INITIALISE is refused. microbatch: examples in one forward.
+    others too. scaler: a GradScaler. pretrained: weights were loaded, so INITIALISE is refused.
+    microbatch: examples in one forward.
     Schedules multiply `base`, a dict in each of the optimizer's groups, which may be changed during the run.
     Raises ValueError for a recipe without optimizer, and for a model that skipped `recipe.model`.
     """
@@ -112,6 +114,7 @@ class Updater:
         self.clock = Clock()
         self.valid = valid or default_valid(loss)
         self._values, self._scores = self._compose(per_example(loss))
+        self._mean = None if recipe.of(LossMethod) else plain_mean(loss)
         self.optimizer = self._build(optimizer)
 
         self._parameters = list(self.model.parameters())
@@ -221,7 +224,10 @@ class Updater:
             raise ValueError(
                 "update.loss weighs a part of a step: call it in `for part in update(batch, at)`"
             )
-        values = self._values(outputs, targets)
+        if self._mean is not None and part.weights is None and isinstance(targets, Tensor):
+            values = self._mean(outputs, targets)
+        else:
+            values = self._values(outputs, targets)
         if values.dtype in HALF:
             values = values.float()
         if values.ndim == 0:  # the mean over what counts in this part
@@ -404,7 +410,7 @@ class Updater:
         for method in methods:
             if Phase.BASE in method.phases:
                 loss = method.loss(loss, self.clock)
-        scores = _needs_examples(loss, "selecting examples")
+        scores = self._mixture(_needs_examples(loss, "selecting examples"))
         for method in methods:
             if Phase.TARGET in method.phases:
                 loss = method.loss(loss, self.clock)
@@ -612,26 +618,34 @@ class Updater:
         ]
 
     def _estimate(self, norms: list[_BatchNorm], calibration: Iterable[Any]) -> None:
-        """Make the running statistics of these layers a plain average over the batches."""
+        """Make the running statistics of these layers a plain average over the batches.
+
+        A momentum of 1 leaves each batch's own in the layer. None would do the averaging, but reads a count
+        from the device in each layer, and breaks compiled graphs there.
+        """
         momenta = [norm.momentum for norm in norms]
+        statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
+        sums = [torch.zeros_like(s) for s in statistics]
+        count = 0
         try:
             for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain average
+                norm.momentum = 1.0
                 norm.train()
-            count = 0
             for item in calibration:
                 inputs = item if isinstance(item, Tensor | Mapping) else item[0]
                 self.run_model(self.wrapped, map_data(lambda t: t.to(self.device), inputs))
+                torch._foreach_add_(sums, statistics)
                 count += 1
-            if not count:
-                raise ValueError(
-                    "averaged weights need batch norm re-estimated: update.evaluating(plan.calibration(data))"
-                )
         finally:
             for norm, momentum in zip(norms, momenta):
                 norm.momentum = momentum
                 norm.eval()
+        if not count:
+            raise ValueError(
+                "averaged weights need batch norm re-estimated: update.evaluating(plan.calibration(data))"
+            )
+        torch._foreach_div_(sums, count)
+        torch._foreach_copy_(statistics, sums)
 
     def _predict(self) -> Forward:
         forward: Forward = functools.partial(self.run_model, self.wrapped)
@@ -677,6 +691,18 @@ def per_example(loss: Loss) -> Loss:
     except (TypeError, ValueError):
         takes_reduction = False
     return functools.partial(loss, **{"reduction": "none"}) if takes_reduction else loss
+
+
+def plain_mean(loss: Loss) -> Loss | None:
+    """Cross-entropy as torch averages it where all examples count alike: one kernel, a loop's own bits."""
+    keywords = getattr(loss, "keywords", {})
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return loss if loss.weight is None and loss.reduction == "mean" else None
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    plain = function is F.cross_entropy and not {"weight", "reduction", "size_average", "reduce"} & set(
+        keywords
+    )
+    return loss if plain and not getattr(loss, "args", ()) else None
 
 
 def default_valid(loss: Loss) -> Valid:

@@ -29,13 +29,14 @@ def control_race(store: Store, control: Control, number: int) -> dict[str, Any]:
     workload = find("digits")
     seeds = range(SEEDS * number, SEEDS * (number + 1))
     baseline = arms("digits", "baseline")["baseline"]
-    race_id = race(
-        workload, [baseline], store, target="baseline", seeds=seeds, control=control, memory=False
-    )
+    race_id = race(workload, [baseline], store, target="baseline", seeds=seeds, control=control, memory=False)
     found = summarise(store, store.race(race_id))
     twin = found.arms[1]
     assert twin.wall is not None
-    wall, runs = twin.wall, [[r.seed, r.steps, r.wall, r.cpu, r.reached] for arm in found.arms for r in arm.results]
+    wall, runs = (
+        twin.wall,
+        [[r.seed, r.steps, r.wall, r.cpu, r.reached] for arm in found.arms for r in arm.results],
+    )
     return {
         "control": control, "race": number, "method": wall.method, "estimate": wall.estimate, "low": wall.low,
         "high": wall.high, "columns": ["seed", "steps", "wall", "cpu", "reached"], "runs": runs,
@@ -58,7 +59,9 @@ def main() -> None:
     for kind in kinds:
         mine = [found for found in races if found["control"] == kind]
         inside = sum(found["low"] <= 1 <= found["high"] for found in mine)
-        half = statistics.median((found["high"] / found["low"]) ** 0.5 - 1 for found in mine if found["low"] > 0)
+        half = statistics.median(
+            (found["high"] / found["low"]) ** 0.5 - 1 for found in mine if found["low"] > 0
+        )
         print(f"{kind} seeds: {inside} of {len(mine)} intervals contain 1, median half-width {half:.1%}")
 
 

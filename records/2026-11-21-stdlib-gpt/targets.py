@@ -35,7 +35,9 @@ def main() -> None:
         print(f"seed {seed}: {finals[-1]:.4f}", flush=True)
     spread = statistics.stdev(finals)
     target = max(finals) + spread if workload.falls else min(finals) - spread
-    print(f"{workload.name} {options.arm}: deviation {spread:.4f}, target {target:.4f} on {workload.fingerprint}")
+    print(
+        f"{workload.name} {options.arm}: deviation {spread:.4f}, target {target:.4f} on {workload.fingerprint}"
+    )
 
 
 if __name__ == "__main__":

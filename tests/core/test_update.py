@@ -136,6 +136,42 @@ def test_losses_are_taken_as_they_are(loss, targets, microbatch):
     assert_close(found, {name: p.grad for name, p in reference.named_parameters()})  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        functools.partial(F.cross_entropy, label_smoothing=0.1),
+    ],
+)
+def test_a_plain_recipe_equals_the_loop_by_hand_bit_for_bit(loss):
+    """A baseline that is not what its user ran before."""
+    x, y = examples()
+    model, plain = mlp(norm=True), mlp(norm=True)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    update = make(Recipe(Plain()), model, loss=loss)
+    for at in Plan(Recipe(), 24, 8, steps=3):
+        index = update.plan.indices(at)
+        loss(plain(x[index]), y[index]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    train(update, (x, y))
+    assert same(weights(model), weights(plain))
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_class_weights_weigh_examples_alike_however_the_batch_is_cut(module):
+    """Torch divides by the weights of the classes met, so that means of micro-batches differ."""
+    x, y = examples(8, DOUBLE)
+    weight = torch.tensor([1.0, 2.0, 5.0], dtype=DOUBLE)
+    loss: Any = nn.CrossEntropyLoss(weight) if module else functools.partial(F.cross_entropy, weight=weight)
+    expected = F.cross_entropy(mlp(DOUBLE)(x), y, weight, reduction="none").mean().item()
+    for microbatch in (None, 3):
+        update = make(Recipe(Plain()), mlp(DOUBLE), loss=loss, microbatch=microbatch)
+        total, _ = gradients(update, Batch(x, y), update.plan.at(0))
+        assert total == pytest.approx(expected, rel=1e-12)
+
+
 def test_tokens_count_alike_over_the_whole_batch():
     """Short sequences whose tokens weigh more than those of long ones."""
     x = torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
@@ -963,6 +999,24 @@ def test_a_batch_method_may_drop_rows_and_change_the_number_of_examples():
         update = make(Recipe(Plain(), Split()), mlp(DOUBLE), slices=slices, microbatch=microbatch)
         total, _ = gradients(update, Batch(x, y), update.plan.at(0))
         assert total == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("targets", ["classes", "mixed"])
+def test_nothing_in_a_step_waits_for_the_device(targets):
+    """A host that stands still each step until the accelerator has caught up: meta tensors have no values to show."""
+    x, y = examples(8)
+    model = mlp(norm=True).to("meta")
+    recipe = Recipe(
+        Plain(), Ramp(), Rates(), Ascend(), Hardest(), Noise(), Bound(), Average(), Penalty(), Zero("0.bias")
+    )
+    update = make(recipe, model, microbatch=3, slices=2)
+    for step in range(2):
+        batch = Batch(x, y if targets == "classes" else Mixed(y, y.roll(1), torch.rand(8)))
+        for part in update(batch, update.plan.at(step)):
+            assert {t.device.type for t in (part.inputs, part.rows, part.index)} == {"meta"}  # type: ignore[union-attr]
+            update.loss(model(part.inputs), part.targets).backward()
+    with update.evaluating([x]) as predict:
+        predict(x.to("meta"))
 
 
 def test_a_microbatch_below_one_is_refused():
