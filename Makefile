@@ -3,16 +3,14 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test lint clean
 
 demo: .venv/ready
 	$(BIN)/stretto race stdlib-gpt
 
+# PYTEST adds options: make test PYTEST="-m ''" runs the slow tests too.
 test: .venv/ready-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-test-all: .venv/ready-test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

@@ -68,6 +68,7 @@ class Part(NamedTuple):
     number: int  # among the parts of its slice
     share: float  # of the step's examples
     weights: Tensor | None  # of each value of the loss; those of a step sum to 1. None: all alike
+    inner: torch.Size | None  # of an example's targets that may count, and so of its values. None: any
 
 
 class Updater:
@@ -114,10 +115,12 @@ class Updater:
         self.clock = Clock()
         self.valid = valid or default_valid(loss)
         self._values, self._scores = self._compose(per_example(loss))
-        self._mean = None if recipe.of(LossMethod) else plain_mean(loss)
+        self._mean = plain_mean(loss) if valid is None and not recipe.of(LossMethod) else None
         self.optimizer = self._build(optimizer)
 
         self._parameters = list(self.model.parameters())
+        stepped = (p for group in self.optimizer.param_groups for p in group["params"])
+        self._cleared = list({id(p): p for p in (*self._parameters, *stepped)}.values())
         self.device = self._parameters[0].device
         self._precision = torch.promote_types(
             torch.float32, next((p.dtype for p in self._parameters if p.is_floating_point()), torch.float32)
@@ -232,16 +235,16 @@ class Updater:
             values = values.float()
         if values.ndim == 0:  # the mean over what counts in this part
             total = _times(values, part.share) if part.weights is None else values * part.weights.sum()
+        elif part.inner is not None and values.shape != (len(part.batch), *part.inner):
+            raise ValueError(
+                f"the loss gives values of shape {tuple(values.shape)} for targets of which those that count "
+                f"are told in shape {(len(part.batch), *part.inner)}; give Updater(valid=...), a bool for "
+                "each value, or None where every example counts"
+            )
         elif part.weights is None:
             total = _times(values.mean(), part.share)
-        elif part.weights.shape == values.shape:
-            total = values.flatten().dot(part.weights.flatten().to(values.dtype))
         else:
-            raise ValueError(
-                f"the loss gives values of shape {tuple(values.shape)} for targets whose counting ones have "
-                f"shape {tuple(part.weights.shape)}; give Updater(valid=...), a bool for each value, or None "
-                "where every example counts"
-            )
+            total = values.flatten().dot(part.weights.flatten().to(values.dtype))
         if self.scaler is not None:
             total = _ScaleGradient.apply(total, self.scaler.scale(torch.ones_like(total)))
         return total
@@ -497,9 +500,7 @@ class Updater:
         self._started = True
 
     def _schedule(self, at: At) -> None:
-        schedule: dict[str, float] = {}
-        for method in self._schedules:
-            schedule |= method.schedule(at)
+        schedule = self.recipe.schedule(at)
         for group in self.optimizer.param_groups:
             for name, base in group["base"].items():
                 _set(group, name, base * schedule[name])
@@ -527,20 +528,20 @@ class Updater:
 
     def _cut(self, slices: list[tuple[Batch, At]]) -> list[Part]:
         """Cut slices into parts, and give what counts in all of them the same weight."""
-        weights = self._normal([self._weights(batch.targets) for batch, _ in slices])
+        counts = [self._weights(batch.targets) for batch, _ in slices]
         examples = sum(len(batch) for batch, _ in slices)
         parts: list[Part] = []
-        for (batch, at), weight in zip(slices, weights):
-            size = len(batch)
+        for (batch, at), count, weight in zip(slices, counts, self._normal(counts)):
+            size, inner = len(batch), None if count is None else count.shape[1:]
             row = at.slice * max(size, at.batch // at.slices)
             if self.microbatch is None or self.microbatch >= size:
-                parts.append(Part(batch, at, row, 0, size / examples, weight))
+                parts.append(Part(batch, at, row, 0, size / examples, weight, inner))
                 continue
             for number, begin in enumerate(range(0, size, self.microbatch)):
                 here = slice(begin, begin + self.microbatch)
                 cut = batch.take(here)
                 mine = None if weight is None else weight[here]
-                parts.append(Part(cut, at, row + begin, number, len(cut) / examples, mine))
+                parts.append(Part(cut, at, row + begin, number, len(cut) / examples, mine, inner))
         return parts
 
     def _normal(self, weights: list[Tensor | None]) -> list[Tensor | None]:
@@ -593,8 +594,8 @@ class Updater:
         return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp(min=1)
 
     def _clear_gradients(self) -> None:
-        """As `zero_grad`, at a tenth of its cost, and of parameters that the optimizer does not step too."""
-        for parameter in self._parameters:
+        """As `zero_grad`, at a tenth of its cost, also of parameters that the optimizer does not step."""
+        for parameter in self._cleared:
             parameter.grad = None
 
     def _moving(self) -> list[Tensor]:

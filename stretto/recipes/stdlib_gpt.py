@@ -48,13 +48,13 @@ BODY = (
 RACES = {
     "baseline": {
         "baseline": (baseline(), 2, 2080),
-        "modern": (modern(), 4, 960),
-        "fast": (fast(), 8, 96),
+        "modern": (modern(), 4, 1200),
+        "fast": (fast(), 8, 88),
     },
     "modern": {
         "modern": (modern(), 4, 2400),
-        "fast": (fast(), 8, 224),
+        "fast": (fast(), 8, 208),
     },
 }
 # named, but not raced unless asked for
-MORE = {"baseline": {"fast-without-tables": (fast_without_tables(), 8, 400)}}
+MORE = {"baseline": {"fast-without-tables": (fast_without_tables(), 8, 440)}}

@@ -56,10 +56,10 @@ class StdlibGPT(Workload):
 
     name = "stdlib-gpt"
     batch = 4
-    budget = 4 * 600
+    budget = 2400
     metric = "loss"
-    targets = {"baseline": 2.5, "modern": 2.2}
-    measured_on = ""
+    targets = {"baseline": 2.3747, "modern": 2.1344}
+    measured_on = "52afbbbc8d8e"
     tokens_per_example = LENGTH
 
     def __init__(self) -> None:

@@ -223,10 +223,11 @@ def test_valid_says_what_counts_of_any_kind_of_target():
         assert_close(found, {name: p.grad for name, p in reference.named_parameters()})  # type: ignore[misc]
 
 
-def test_valid_of_another_shape_than_the_loss_is_refused():
-    """Weights that broadcast over values they do not belong to."""
+@pytest.mark.parametrize("ignored", [False, True])
+def test_valid_of_another_shape_than_the_loss_is_refused(ignored):
+    """Weights that broadcast over values they do not belong to, or an error for some batches only."""
     x, y = examples(8)
-    update = make(Recipe(Plain()), valid=lambda t: torch.ones(8, 2, dtype=torch.bool) & (t[:, None] > 0))
+    update = make(Recipe(Plain()), valid=lambda t: torch.full((8, 2), not ignored))
     at = update.plan.at(0)
     with pytest.raises(ValueError, match=r"shape \(8,\).*shape \(8, 2\).*valid="):
         for part in update.passes(Batch(x, y), at):
@@ -406,6 +407,21 @@ def test_gradients_from_before_the_run_do_not_enter_it():
     F.cross_entropy(stained.model(x), y).backward()
     train(clean, (x, y), 1), train(stained, (x, y), 1)
     assert same(weights(clean.model), weights(stained.model))
+
+
+def test_parameters_of_the_loss_are_trained_by_their_own_gradient_only():
+    """Gradients of a learned temperature that add up over the run, since the model does not hold it."""
+    x, y = examples()
+    temperature = nn.Parameter(torch.ones(()))
+    model = mlp()
+    optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs * temperature, targets, reduction="none")
+
+    update = make(Recipe(), model, loss, optimizer=optimizer)
+    train(update, (x, y), 1)
+    assert temperature.grad is None and temperature.item() != 1.0
 
 
 # -- order, selection, slices
