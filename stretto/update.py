@@ -528,24 +528,27 @@ class Updater:
 
     def _cut(self, slices: list[tuple[Batch, At]]) -> list[Part]:
         """Cut slices into parts, and give what counts in all of them the same weight."""
+        [(batch, at), *more] = slices
+        size = self.microbatch or max(len(batch) for batch, _ in slices)
+        if self._mean is not None and not more and size >= len(batch) and isinstance(batch.targets, Tensor):
+            return [
+                Part(batch, at, at.slice * (at.batch // at.slices), 0, 1.0, None, None)
+            ]  # torch's mean will do
         counts = [self._weights(batch.targets) for batch, _ in slices]
         examples = sum(len(batch) for batch, _ in slices)
         parts: list[Part] = []
         for (batch, at), count, weight in zip(slices, counts, self._normal(counts)):
-            size, inner = len(batch), None if count is None else count.shape[1:]
-            row = at.slice * max(size, at.batch // at.slices)
-            if self.microbatch is None or self.microbatch >= size:
-                parts.append(Part(batch, at, row, 0, size / examples, weight, inner))
-                continue
-            for number, begin in enumerate(range(0, size, self.microbatch)):
-                here = slice(begin, begin + self.microbatch)
-                cut = batch.take(here)
-                mine = None if weight is None else weight[here]
+            inner = None if count is None else count.shape[1:]
+            row = at.slice * max(len(batch), at.batch // at.slices)
+            for number, begin in enumerate(range(0, len(batch), size)):
+                whole = size >= len(batch)
+                cut = batch if whole else batch.take(slice(begin, begin + size))
+                mine = weight if whole or weight is None else weight[begin : begin + size]
                 parts.append(Part(cut, at, row + begin, number, len(cut) / examples, mine, inner))
         return parts
 
     def _normal(self, weights: list[Tensor | None]) -> list[Tensor | None]:
-        """The weights of a step's slices, such that all of them sum to 1, or are 0 where nothing counts.
+        """The weights of a step's slices, such that all of them sum to 1; NaN where nothing counts, as in torch.
 
         None where all count alike, as far as that is known without waiting for the device.
         """
@@ -553,8 +556,7 @@ class Updater:
         on_cpu = self.device.type == "cpu"
         if not known or (on_cpu and all(w.dtype == torch.bool and bool(w.all()) for w in known)):
             return [None] * len(weights)
-        sums = [weight.sum(dtype=self._precision) for weight in known]
-        count = functools.reduce(torch.add, sums).clamp_(min=1e-12)
+        count = functools.reduce(torch.add, [weight.sum(dtype=self._precision) for weight in known])
         return [None if weight is None else (weight / count).to(self._precision) for weight in weights]
 
     def _enter(self, at: At, row: int, number: int) -> None:
