@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stretto.workloads import Workload
 
 ENDED = (*FINISHED, "failed")
-PROBE_BLOCKS = 20  # in which the cost of a stored run's steps is measured again
+PROBE_BLOCKS = 10  # for each stored run, in which the cost of its steps is measured again
 CHECKPOINT_SECONDS = 10.0  # between checkpoints of one run
 Control = Literal["same", "fresh", "off"]
 
@@ -56,7 +56,8 @@ class Entry:
     seeds: tuple[int, ...]
     replicate: int = 0  # 1 for a control on the same seeds: equal in all but the clock
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
-    cost: tuple[float, float] | None = None  # wall and CPU seconds of a step, measured again in this sitting
+    costs: dict[int, tuple[float, float]] = field(default_factory=dict)  # by seed: wall and CPU seconds of a
+    # step, measured again in this sitting
     parameters: int | None = None
     memory: int | None = None
 
@@ -170,34 +171,39 @@ class Contestant:
 
 
 class Probe:
-    """Measures again what a step of a stored run costs, in blocks spread over the steps it took."""
+    """Measures again what the steps of an arm's stored runs cost, in blocks spread over the steps they took.
+
+    Each seed has blocks of its own, so that the spread of its clock is in the interval as it was in the race.
+    """
 
     def __init__(self, workload: Workload, entry: Entry) -> None:
         self.entry, self.state = entry, "running"
         self.trainer = make_trainer(workload, entry.arm, entry.seeds[0])
         counted = [_steps_counted(run) for run in entry.runs.values()]
         self.steps = max(1, max(counted, default=self.trainer.plan.steps))
-        self.size = max(1, self.steps // PROBE_BLOCKS)
-        self.watch, self.blocks = Stopwatch(), 0
+        self.watches = [Stopwatch() for _ in entry.seeds]
+        self.blocks = PROBE_BLOCKS * len(entry.seeds)
+        self.size = max(1, self.steps // self.blocks)
+        self.done = 0
         self.trainer.advance(1)
 
     def block(self) -> None:
         """Some steps from where this block belongs in the run."""
         last = self.trainer.plan.steps - self.size
-        self.trainer.seek(min(last, self.steps * self.blocks // PROBE_BLOCKS))
-        with self.watch.ticking():
+        self.trainer.seek(min(last, self.steps * self.done // self.blocks))
+        with self.watches[self.done % len(self.watches)].ticking():
             self.trainer.advance(self.size)
-        self.blocks += 1
-        if self.blocks == PROBE_BLOCKS:
-            taken = self.blocks * self.size
-            self.entry.cost = (self.watch.wall / taken, self.watch.cpu / taken)
+        self.done += 1
+        if self.done == self.blocks:
+            taken = PROBE_BLOCKS * self.size
+            for seed, watch in zip(self.entry.seeds, self.watches):
+                self.entry.costs[seed] = (watch.wall / taken, watch.cpu / taken)
             self.state = "measured"
 
     def standing(self) -> Standing:
         """Where it is."""
-        done = self.blocks / PROBE_BLOCKS
-        label = f"{self.entry.label} (stored; its cost)"
-        return Standing(label, -1, done, self.trainer.loss, None, self.watch.wall, self.state)
+        label, clock = f"{self.entry.label} (stored; its cost)", sum(watch.wall for watch in self.watches)
+        return Standing(label, -1, self.done / self.blocks, self.trainer.loss, None, clock, self.state)
 
     def interrupt(self) -> None:
         """Nothing to keep: a cost counts when all its blocks are measured."""
@@ -454,6 +460,6 @@ def _time(entry: Entry, run: Run, sitting: str) -> dict[str, Any]:
             if row
             else {"why": "it has no evaluation"}
         )
-    if entry.cost:
-        return {"wall": entry.cost[0] * steps, "cpu": entry.cost[1] * steps, "source": "remeasured"}
+    if cost := entry.costs.get(run.record["seed"]):
+        return {"wall": cost[0] * steps, "cpu": cost[1] * steps, "source": "remeasured"}
     return {"why": "it was stored in another sitting, and its cost was not measured again in this one"}
