@@ -40,6 +40,7 @@ TRIALS = [
     f"{LEAN}, short_convolution, muon:lr=0.03:adam_lr=0.008:momentum=0.85 @ batch=8 budget=400",
     f"{LEAN}, ngram_embeddings:rate=8, value_embeddings, muon:lr=0.03:adam_lr=0.016:momentum=0.85 @ batch=8 budget=224",
     f"{LEAN}, short_convolution, muon:lr=0.03:adam_lr=0.016:momentum=0.85 @ batch=8 budget=400",
+    f"{LEAN}, ngram_embeddings:rate=8, value_embeddings, muon:lr=0.03:adam_lr=0.016:momentum=0.85 @ batch=8 budget=88",
 ]
 
 

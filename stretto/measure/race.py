@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ENDED = (*FINISHED, "failed")
 PROBE_BLOCKS = 10  # for each stored run, in which the cost of its steps is measured again
+BLOCKS_PER_EVALUATION = 4  # the finer the blocks, the less a burst of noise falls on one contestant alone
 CHECKPOINT_SECONDS = 10.0  # between checkpoints of one run
 Control = Literal["same", "fresh", "off"]
 
@@ -103,7 +104,9 @@ class Contestant:
         steps = self.trainer.plan.steps
         self.rows = [row for row in run.rows() if row["step"] <= self.trainer.step]
         count = max(1, round(1 / workload.eval_every))
-        self.marks = sorted({math.ceil(steps * k / count) for k in range(1, count + 1)})
+        self.marks = {math.ceil(steps * k / count) for k in range(1, count + 1)}
+        blocks = BLOCKS_PER_EVALUATION * count
+        self.stops = sorted({math.ceil(steps * k / blocks) for k in range(1, blocks + 1)})
 
     def _resume(self) -> None:
         state = checkpoint.load(self._checkpoint)
@@ -113,14 +116,19 @@ class Contestant:
             self.run.update(sitting=None, state="running")  # its seconds are of two sittings
 
     def block(self) -> None:
-        """Train to the next evaluation, on the clock; evaluate and record, off it."""
+        """Train to the next stop, on the clock; where an evaluation is due, evaluate and record, off it."""
         trainer = self.trainer
-        until = next(mark for mark in self.marks if mark > trainer.step)
+        until = next(stop for stop in self.stops if stop > trainer.step)
         try:
             with self.watch.ticking():
                 trainer.advance(until - trainer.step)
         except FloatingPointError as error:
             return self._end("failed", error=str(error))
+        if trainer.step in self.marks:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        trainer = self.trainer
         at = trainer.plan.at(trainer.step)
         tokens = at.done * at.tokens_per_example if at.tokens_per_example else None
         row = {
