@@ -35,7 +35,7 @@ class Digits(Workload):
     batch = 64
     budget = 64 * 200
     metric = "accuracy"
-    targets = {"baseline": 0.983}
+    targets = {"baseline": 0.983}  # the worst of five seeds of the baseline (100 to 104) ended at 0.9833
     measured_on = "314b97e8b73b"
 
     def __init__(self) -> None:
