@@ -533,9 +533,8 @@ class Recipe:
         return self._slots[slot_class]  # type: ignore[return-value, index]
 
     def _in_slot(self, slot_class: type, slot: Slot) -> list[Method]:
-        first: dict[
-            str, tuple[int, str]
-        ] = {}  # where several of its phases are in one slot, it runs at the first
+        # where several of a method's phases are in one slot, it runs at the first
+        first: dict[str, tuple[int, str]] = {}
         for method in self.methods:
             for cls, _, phase in method.places():
                 if cls is slot_class:

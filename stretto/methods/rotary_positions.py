@@ -40,9 +40,10 @@ class Rotation(nn.Module):
 class RotaryPositions(ModelMethod):
     """Replaces learned positions by rotations of queries and keys; frees their parameters.
 
-    Costs two element-wise passes over queries and keys in each layer. Helps every decoder measured here,
-    small ones most. The key of the learned positions leaves the state_dict. Raises ValueError where there are no
-    learned positions or attention layers to change.
+    Costs two element-wise passes over queries and keys in each layer. On stdlib-gpt it lowers the loss of a
+    tuned AdamW at one budget from 2.35 to 2.08 nats a byte (records/2026-11-21-stdlib-gpt). The key of the
+    learned positions leaves the state_dict. Raises ValueError where there are no learned positions or
+    attention layers to change.
     """
 
     base: float = 10000.0  # the slowest pair turns once in about 2π * base tokens

@@ -21,7 +21,7 @@ class SquaredReLULayer(nn.Module):
 
 @dataclass(frozen=True)
 class SquaredReLU(ModelMethod):
-    """Replaces the activation of every MLP; cheaper than GELU on a CPU.
+    """Replaces the activation of every MLP by relu(x)².
 
     No parameters, the same shapes, but pretrained weights do not fit it. Raises ValueError where there is no MLP.
     """

@@ -19,7 +19,7 @@ def warmup_stable_decay(fraction: float, warmup: float, decay: float, final: flo
 class WarmupStableDecay(ScheduleMethod):
     """The learning rate rises, stays, and falls linearly; decay=1 is linear decay from the start.
 
-    Free. Beats cosine at small budgets, and a run can be prolonged from its stable part. A step takes the
+    Free. A run can be prolonged from its stable part. A step takes the
     factor of its middle. Raises ValueError for a final factor outside [0, 1].
     """
 

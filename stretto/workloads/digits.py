@@ -45,9 +45,8 @@ class Digits(Workload):
             "train": Arrays(images[~valid], labels[~valid]),
             "valid": Arrays(images[valid], labels[valid]),
         }
-        self._fingerprint = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[
-            :12
-        ]
+        content = images.numpy().tobytes() + labels.numpy().tobytes()
+        self._fingerprint = hashlib.sha256(content).hexdigest()[:12]
 
     @property
     def fingerprint(self) -> str:
