@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from stretto import optim
 from stretto.core import FactorsMethod, Group, OptimizerMethod, Phase
 from stretto.methods._checks import check_rates, decays
+from stretto.methods._kinds import by_kind
 from stretto.models.roles import parameter_kinds
 
 
@@ -67,26 +68,15 @@ class Muon(OptimizerMethod, FactorsMethod):
             raise ValueError(
                 f"Muon looks for hidden matrices and found none in {type(model).__name__}; use AdamW"
             )
-        split: list[Group] = []
-        for group in groups:
-            for spectral in (True, False):
-                pairs = [
-                    (name, p)
-                    for name, p in zip(group["names"], group["params"])
-                    if (kinds[name] == "matrix") is spectral
-                ]
-                if pairs:
-                    names, params = map(list, zip(*pairs))
-                    lr = self.lr if spectral else self.adam_lr
-                    split.append(group | {"params": params, "names": names, "spectral": spectral, "lr": lr})
-        return optim.Muon(
-            split,
-            lr=self.lr,
-            momentum=self.momentum,
+        spectral = {"direction": "spectral", "betas": (self.momentum, self.betas[1]), "lr": self.lr}
+        diagonal = {"direction": "diagonal", "lr": self.adam_lr}
+        return optim.Shampoo(
+            by_kind(groups, kinds, {"matrix": spectral}, diagonal),
+            self.lr,
+            self.betas,
+            self.eps,
+            self.weight_decay,
             iterations=self.iterations,
             coefficients=self.coefficients,
             neuron_beta2=self.neuron_beta2,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
         )

@@ -36,14 +36,8 @@ SHAPES = [(4, 3), (5,), (4, 3)]
 BASES = {
     "sgd": lambda params: DecoupledSGD(params, lr=0.1, momentum=0.5, weight_decay=0.2),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.3, fused=True),
-    "muon": lambda params: optim.Muon(
-        [
-            {"params": [p for p in params if p.ndim > 1], "spectral": True},
-            {"params": [p for p in params if p.ndim < 2], "spectral": False},
-        ],
-        lr=0.02,
-        weight_decay=0.1,
-    ),
+    "muon": lambda params: optim.Muon(params, lr=0.02, weight_decay=0.1),
+    "soap": lambda params: optim.SOAP(params, lr=0.02, weight_decay=0.1, every=2),
 }
 WRAPPERS = {
     "schedule_free": optim.ScheduleFree,

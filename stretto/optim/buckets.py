@@ -1,0 +1,526 @@
+"""Equal blocks as stacked tensors: gathering gradients, keeping state, refreshing roots and bases, writing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import log, prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stretto.optim import directions, roots
+from stretto.optim.directions import Kept, Rates, Rule
+from stretto.optim.layout import Region
+from stretto.optim.rounding import add_rounded
+from stretto.optim.symmetric import WHOLE, Rate, over, pack, packed, unpack
+
+SQUARED = ("adam", "rmsprop", "adagrad")  # grafting rules that keep squares
+BASED = ("eigen", "soap")  # directions that keep bases, not roots
+
+
+class Kernels(NamedTuple):
+    """The two functions of `directions`, as they are or compiled."""
+
+    accumulate: Callable[[Tensor, Kept, Rule, Rate, Rate], None]
+    advance: Callable[[Tensor, Kept, Rule, Rates, Tensor | None], Tensor]
+
+
+def rule_of(regions: list[Region], group: dict[str, Any]) -> Rule:
+    """The operations of a bucket's step, from its group's options."""
+    direction, graft = regions[0].direction, group["graft"]
+    if graft == "auto":
+        graft = "adam" if direction in ("root", "eigen", "one_sided", "diagonal") else None
+    graft_beta2 = group["graft_beta2"]
+    if direction == "spectral":
+        graft = None
+    if direction == "diagonal" and graft is None:
+        graft = "adam"
+    return Rule(
+        direction=direction,
+        sides=regions[0].sides,
+        graft=graft,
+        summed=graft == "adagrad" or (group["betas"][1] if graft_beta2 is None else graft_beta2) == 1,
+        then=group["then"] if direction not in ("spectral", "diagonal") else None,
+        iterations=group["iterations"],
+        coefficients=group["coefficients"],
+        scale=group["scale"],
+        nesterov=group["nesterov"],
+        products=getattr(torch, group["products"]) if group["products"] else None,
+        lengths=tuple(region.count for region in regions) if direction == "diagonal" else (),
+    )
+
+
+def remainder(beta: float, count: int | Tensor) -> Rate:
+    """1 - beta^count, the weights of an average that began at zero; in float32 too exact where beta is near 1."""
+    if isinstance(count, Tensor) and beta > 0:
+        return -torch.expm1(count * log(beta))
+    return 1 - beta**count
+
+
+def power(rule: Rule, group: dict[str, Any], position: int, order: int) -> float:
+    """The exponent p of one side's factor: as given, for all orders or for this one, or the usual one."""
+    given = group["power"]
+    if isinstance(given, dict):
+        given = given.get(order)
+    if isinstance(given, tuple | list):
+        given = given[position]
+    if given is not None:
+        return float(given)
+    if rule.direction == "kl" or len(rule.sides) == 1:
+        return 0.5
+    return 0.5 / len(rule.sides)
+
+
+@dataclass
+class Bucket:
+    """Blocks of one shape, direction, group, dtype and device, as stacks (B, d1 .. dr).
+
+    What is kept of each block is a row of a stack in `kept`. While all parameters of a bucket step together on the CPU
+    their number of steps is a plain number; elsewhere, where the host cannot know which steps were skipped, and where
+    some had no gradient, it is a tensor and the same arithmetic is done on tensors.
+    """
+
+    regions: list[Region]
+    params: list[Tensor]
+    group: dict[str, Any]
+    phases: list[int] = field(default_factory=list)  # when each block is refreshed
+    masked: bool = False  # numbers of a step are tensors even on the CPU, as a compiled step wants them
+
+    def __post_init__(self) -> None:
+        self.dims, self.device = self.regions[0].dims, self.params[0].device
+        self.dtype = torch.promote_types(self.params[0].dtype, torch.float32)
+        self.counts = [region.count for region in self.regions]
+        self.size = sum(self.counts)
+        self.together = True  # all members have taken the same steps
+        self.steps = 0  # that they took, where the host knows
+        self.updates = 0  # of the factors
+        self.kept: Kept = {}
+        self.complete()
+        self.ready = [not self.rule.sides] * self.size if self.dims else []
+
+    def complete(self) -> bool:
+        """Make what the group's options ask for and is not there yet; whether there was any."""
+        group, rule = self.group, rule_of(self.regions, self.group)
+        self.rule = rule
+        missing = not self.kept
+        if missing:
+            self.kept = {
+                name: torch.zeros(len(self.params), dtype=self.dtype, device=self.device)
+                for name in ("step", "updates")
+            }
+            self.kept |= self._factors()
+        shape = {"neurons": self.dims[:1]}
+        wanted = {
+            "momentum": group["betas"][0] > 0,
+            "square": rule.graft in SQUARED,
+            "second": rule.direction == "soap",
+            "velocity": group["momentum"] > 0,
+            "neurons": group["neuron_beta2"] > 0 and (rule.direction == "spectral" or rule.then is not None),
+            "rest": group["rounding"] == "compensated" and self.params[0].dtype != self.dtype,
+        }
+        for name, is_wanted in wanted.items():
+            if is_wanted and name not in self.kept:
+                dtype = self.params[0].dtype if name == "rest" else self.dtype
+                self.kept[name] = self.stack(*shape.get(name, self.dims), dtype=dtype).zero_()
+                missing = True
+        return missing
+
+    def views(self) -> list[dict[str, Tensor]]:
+        """What is kept of each member, by name, as parts of the stacks."""
+        starts = [sum(self.counts[:i]) for i in range(len(self.counts))]
+        return [
+            {
+                f"{name}.{region.part}" if region.part else name: (
+                    stack[i] if name in ("step", "updates") else stack[start : start + region.count]
+                )
+                for name, stack in self.kept.items()
+            }
+            for i, (region, start) in enumerate(zip(self.regions, starts))
+        ]
+
+    def look(self) -> None:
+        """Read which blocks have been refreshed; on a device this waits."""
+        self.ready = (self.kept["refreshed"] > 0).tolist()
+
+    def failed(self) -> list[int]:
+        """Refreshes in a row that failed, the most of each member's blocks."""
+        if not self.rule.sides:
+            return []
+        self.look()
+        return [int(part.max()) for part in self.kept["failures"].split(self.counts)]
+
+    def _factors(self) -> Kept:
+        group, rule, kept = self.group, self.rule, {}
+        stored = getattr(torch, group["storage"]) if group["storage"] else self.dtype
+        for position, side in enumerate(rule.sides):
+            n = self.dims[side]
+            identity = torch.eye(n, dtype=stored, device=self.device).repeat(self.size, 1, 1)
+            kept[f"factor{position}"] = self.stack(packed(n), dtype=stored).zero_()
+            if rule.direction in BASED:
+                kept[f"basis{position}"] = identity
+                if rule.direction == "eigen":
+                    kept[f"powers{position}"] = self.stack(n).fill_(1.0)
+            else:
+                kept[f"root{position}"] = pack(identity)
+                if self.solver(n) == "qr":
+                    kept[f"basis{position}"] = identity.to(torch.bfloat16)
+        if rule.sides:
+            kept["refreshed"] = torch.zeros(self.size, dtype=torch.int32, device=self.device)
+            kept["failures"] = torch.zeros(self.size, dtype=torch.int32, device=self.device)
+        return kept
+
+    def solver(self, n: int) -> str:
+        """How roots or bases of (n, n) factors are found.
+
+        By itself ("auto"): bases, and on the CPU roots of large factors, by orthogonal iteration from the last ones;
+        other roots on the CPU by eigenvalues, elsewhere by Newton's iteration where power and ridge allow it.
+        """
+        chosen: str = self.group["root"]
+        if chosen != "auto":
+            return chosen
+        if self.rule.direction in BASED:
+            return "qr"
+        if self.device.type in ("cpu", "meta"):
+            return "qr" if n > WHOLE else "eigh"
+        inverse = 1 / power(self.rule, self.group, 0, len(self.dims))
+        return "newton" if self.group["ridge"] != "pinv" and inverse == round(inverse) else "eigh"
+
+    def stack(self, *dims: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised stack (B, *dims)."""
+        return torch.empty(self.size, *dims, dtype=dtype or self.dtype, device=self.device)
+
+    # -- a step
+
+    def step(self, calls: int, keep: Tensor | None, refreshing: bool, kernels: Kernels) -> None:
+        """One step of the members that have a gradient.
+
+        calls: how often the group has been stepped, from 1. keep: 0-d, 0 where the step is to be skipped and 1 else;
+        None where the host knows that it is not.
+        """
+        present = [p.grad is not None for p in self.params]
+        if not any(present):
+            return
+        taking = self._taking(present, keep)
+        gradient = self._gather([p.grad for p in self.params])
+        if keep is not None:
+            gradient = torch.where(keep > 0, gradient, 0.0)
+        group, rule = self.group, self.rule
+        if group["decay"] == "l2" and group["weight_decay"]:
+            gradient.add_(self._gather(list(self.params)), alpha=group["weight_decay"])
+        if rule.sides:
+            if rule.graft is None and not all(self.ready):
+                self._begin(gradient)
+            if (calls - 1) % group["stats_every"] == 0:
+                self._accumulate(gradient, taking, kernels)
+            if refreshing:
+                self.refresh(self.due(calls))
+        ready = None if all(self.ready) else self.kept["refreshed"] > 0
+        rates = self._rates(taking)
+        step = kernels.advance(gradient, self.kept, rule, rates, ready)
+        self._write(step, rates, present)
+
+    def due(self, calls: int) -> list[int]:
+        """The blocks whose turn it is."""
+        start, every = self.group["start"], self.group["every"]
+        if calls < start:
+            return []
+        return [block for block, phase in enumerate(self.phases) if phase == (calls - start) % every]
+
+    def _taking(self, present: list[bool], keep: Tensor | None) -> Rate:
+        """Which members take this step, 1.0 for all or (B,) or (1,); their steps are counted."""
+        if keep is None and all(present) and self.together and not self.masked:
+            self.steps += 1
+            return 1.0
+        self.settle()
+        mask = torch.ones((), dtype=self.dtype, device=self.device) if keep is None else keep.to(self.dtype)
+        if not all(present):
+            self.together = False
+            mask = mask * torch.tensor(present, dtype=self.dtype, device=self.device)
+        self.kept["step"].add_(mask)
+        self.steps = -1
+        return self._spread(mask.expand(len(self.params)))
+
+    def settle(self) -> None:
+        """Write down what the host has counted."""
+        if self.steps >= 0:
+            self.kept["step"].fill_(self.steps)
+        if self.updates >= 0:
+            self.kept["updates"].fill_(self.updates)
+
+    def resumed(self) -> None:
+        """Read what has been loaded into `kept`."""
+        steps, updates = self.kept["step"], self.kept["updates"]
+        self.together = bool((steps == steps[0]).all() and (updates == updates[0]).all())
+        self.steps, self.updates = (int(steps[0]), int(updates[0])) if self.together else (-1, -1)
+        if self.rule.sides:
+            self.ready = (self.kept["refreshed"] > 0).tolist()
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """A number of each member (members,), for each of its blocks: (B,), or (1,) where all are equal."""
+        if self.together:
+            return values[:1]
+        return values.repeat_interleave(torch.tensor(self.counts, device=self.device), output_size=self.size)
+
+    def _number(self, name: str) -> int | Tensor:
+        """Steps or updates so far: a number, or of each block."""
+        known: int = self.steps if name == "step" else self.updates
+        return known if known >= 0 else self._spread(self.kept[name])
+
+    def _rates(self, taking: Rate) -> Rates:
+        group, rule = self.group, self.rule
+        (beta1, beta2), t, corrected = group["betas"], self._number("step"), group["bias_correction"]
+        usual = beta1**2 if rule.direction == "spectral" else beta1
+        beta3 = usual if group["beta3"] is None else group["beta3"]
+        graft_beta2 = beta2 if group["graft_beta2"] is None else group["graft_beta2"]
+        return Rates(
+            lr=group["lr"] * taking,
+            keep=taking,
+            momentum=(1 - beta1) * taking,
+            lead=beta3 / beta1 if beta1 else 1.0,
+            correction=1 - beta3 * (1 - remainder(beta1, t - 1)) if corrected else 1.0,
+            second=(1 - beta2) * taking,
+            second_correction=remainder(beta2, t) if corrected else 1.0,
+            square=taking if rule.summed else (1 - graft_beta2) * taking,
+            square_correction=remainder(graft_beta2, t)
+            if corrected and rule.graft == "adam" and not rule.summed
+            else 1.0,
+            eps=group["eps"],
+            neurons=(1 - group["neuron_beta2"]) * taking,
+            velocity=1 - (1 - group["momentum"]) * taking,
+            clip=group["clip"],
+        )
+
+    def _accumulate(self, gradient: Tensor, taking: Rate, kernels: Kernels) -> None:
+        beta2 = self.group["betas"][1]
+        weight = taking if beta2 == 1 else (1 - beta2) * taking
+        kernels.accumulate(gradient, self.kept, self.rule, 1.0 if beta2 == 1 else 1 - weight, weight)
+        if isinstance(taking, float) and self.updates >= 0:
+            self.updates += 1
+            return
+        if self.updates >= 0:
+            self.kept["updates"].fill_(self.updates)
+            self.updates = -1
+        steps = taking if isinstance(taking, Tensor) else torch.ones_like(self.kept["updates"][:1])
+        first = (
+            [sum(self.counts[:i]) for i in range(len(self.counts))]
+            if len(steps) > 1
+            else [0] * len(self.counts)
+        )
+        self.kept["updates"].add_(steps[first])
+
+    def _begin(self, gradient: Tensor) -> None:
+        """Where nothing was accumulated yet: a multiple of the identity that brings the gradient to a usual size."""
+        rule, group = self.rule, self.group
+        if rule.direction == "soap":
+            return
+        squares = gradient.flatten(1).square().sum(dim=1)
+        fresh = (self.kept["factor0"] == 0).all(dim=1) & (squares > 0)
+        for position, side in enumerate(rule.sides):
+            if rule.direction == "kl":
+                size = (squares / prod(self.dims)) ** (-0.5 / len(rule.sides))
+            else:
+                shared = 1 - 1 / len(rule.sides) if group["trace_scaling"] else 0.0
+                size = (squares ** (1 - shared) / self.dims[side]) ** -power(
+                    rule, group, position, len(self.dims)
+                )
+            name = f"powers{position}" if rule.direction == "eigen" else f"root{position}"
+            kept = self.kept[name]
+            plain = (
+                torch.ones_like(kept[:1]) if rule.direction == "eigen" else _identity(self.dims[side], kept)
+            )
+            kept.copy_(torch.where(fresh[:, None], size[:, None].to(kept.dtype) * plain, kept))
+            if (
+                rule.direction == "kl"
+            ):  # which has no zero to begin at, as each factor needs the inverse of the others
+                factor = self.kept[f"factor{position}"]
+                factor.copy_(
+                    torch.where(fresh[:, None], size[:, None].to(factor.dtype) ** -2 * plain, factor)
+                )
+
+    def _weights(self, index: Tensor) -> Rate:
+        """The sum of weights that is in the second moment of these blocks, before this step's square."""
+        steps = self._number("step")
+        count = steps[index if len(steps) > 1 else slice(1)] if isinstance(steps, Tensor) else steps
+        return remainder(self.group["betas"][1], count - 1)
+
+    # -- the refresh
+
+    def refresh(self, rows: list[int]) -> None:
+        """New roots or bases of these blocks, from their factors; where that fails, the old ones stay."""
+        if not rows:
+            return
+        group, rule, exact = self.group, self.rule, self.dtype
+        index = torch.tensor(rows, device=self.device)
+        corrected = group["bias_correction"] and group["betas"][1] < 1 and rule.direction != "kl"
+        updates = self._number("updates")
+        count = updates[index if len(updates) > 1 else 0] if isinstance(updates, Tensor) else updates
+        if isinstance(count, Tensor):
+            count = count.clamp_min(1.0)
+        scale = 1 / remainder(group["betas"][1], count) if corrected else 1.0
+        factors = []
+        for position, side in enumerate(rule.sides):
+            factor = unpack(self.kept[f"factor{position}"][index].to(exact), self.dims[side])
+            factors.append(factor * over(scale, factor))
+        traces = factors[0].diagonal(dim1=1, dim2=2).sum(dim=1)
+        if group["trace_scaling"]:
+            for factor in factors:
+                factor.div_(traces.clamp_min(1e-30)[:, None, None] ** (1 - 1 / len(factors)))
+        succeeded = traces > 0
+        refreshed = [
+            self._refresh_side(position, factor, rows, index) for position, factor in enumerate(factors)
+        ]
+        for _, converged in refreshed:
+            succeeded = succeeded & converged
+        if rule.direction == "soap":
+            self._turn(
+                [found["basis"] for found, _ in refreshed],
+                [found.pop("values") for found, _ in refreshed],
+                index,
+                succeeded,
+            )
+        for position, (found, _) in enumerate(refreshed):
+            for name, new in found.items():
+                kept = self.kept[f"{name}{position}"]
+                old = kept[index]
+                kept[index] = torch.where(succeeded.view(-1, *[1] * (old.ndim - 1)), new.to(old.dtype), old)
+        self.kept["refreshed"][index] += succeeded
+        failed = self.kept["failures"]
+        failed[index] = torch.where(succeeded | (traces <= 0), 0, failed[index] + 1).to(failed.dtype)
+        if self.device.type == "cpu":
+            self.look()
+
+    def _refresh_side(
+        self, position: int, factor: Tensor, rows: list[int], index: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What is new of one side, by name, and which of the rows it succeeded for."""
+        group, rule, n = self.group, self.rule, factor.shape[-1]
+        solver: Any = self.solver(n)
+        exponent = power(rule, group, position, len(self.dims))
+        if solver not in ("eigh", "qr"):
+            root, converged = roots.inverse_root(
+                factor, exponent, solver=solver, ridge=group["ridge"], eps=group["ridge_eps"]
+            )
+            return {"root": pack(root)}, converged
+        values, vectors, converged = self._eigen(position, factor, rows, index)
+        powers = roots.eigenvalue_powers(values, exponent, group["ridge"], group["ridge_eps"])
+        if rule.direction == "soap":
+            return {"basis": vectors, "values": values}, converged
+        if rule.direction == "eigen":
+            return {"basis": vectors, "powers": powers}, converged
+        found = {"root": pack(torch.bmm(vectors * powers[:, None, :], vectors.mT))}
+        return found | ({"basis": vectors} if f"basis{position}" in self.kept else {}), converged
+
+    def _eigen(
+        self, position: int, factor: Tensor, rows: list[int], index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues and vectors: exact at first, later one orthogonal iteration from the last vectors."""
+        if self.solver(factor.shape[-1]) == "eigh" or not all(self.ready[row] for row in rows):
+            return roots.eigh(factor)
+        bases = self.kept[f"basis{position}"][index].to(self.dtype)
+        if not self.group["tolerance"]:
+            return roots.orthogonal_iteration(factor, bases)
+        stale = roots.off_diagonal(factor, bases) > self.group["tolerance"]
+        values, vectors = (factor @ bases).mul_(bases).sum(dim=1), bases.clone()
+        converged = torch.ones_like(stale)
+        if stale.any():
+            values[stale], vectors[stale], converged[stale] = roots.orthogonal_iteration(
+                factor[stale], bases[stale]
+            )
+        return values, vectors, converged
+
+    def _turn(self, bases: list[Tensor], values: list[Tensor], index: Tensor, succeeded: Tensor) -> None:
+        """Take what lives in the old bases of these blocks into the new ones.
+
+        The momentum turns with its basis. Second moments turn as if they were independent, which is exact where
+        columns trade places; at the first refresh, from the identity, they are what the factors say they are: the
+        product of eigenvalues (of a side without a factor, its marginal) over the power of the trace.
+        """
+        kept = {name: self.kept[name][index] for name in ("momentum", "second") if name in self.kept}
+        total = values[0].clamp_min(0).sum(dim=1)
+        first = self.kept["refreshed"][index] == 0
+        estimate = torch.ones_like(kept["second"])
+        for side in range(len(self.dims)):
+            if side in self.rule.sides:
+                marginal = values[self.rule.sides.index(side)].clamp_min(0)
+            else:
+                others = [1 + other for other in range(len(self.dims)) if other != side]
+                marginal = kept["second"].sum(dim=others)
+            share = marginal / marginal.sum(dim=1, keepdim=True).clamp_min(1e-30)
+            estimate *= share.view(
+                len(share), *[-1 if other == side else 1 for other in range(len(self.dims))]
+            )
+        estimate *= over(total * self._weights(index), estimate)
+        for position, (side, basis) in enumerate(zip(self.rule.sides, bases)):
+            old = self.kept[f"basis{position}"][index].to(self.dtype)
+            turn = torch.where(
+                succeeded[:, None, None],
+                basis.mT @ old,
+                torch.eye(old.shape[-1], dtype=old.dtype, device=self.device),
+            )
+            for name, rows in kept.items():
+                matrix = turn.square() if name == "second" else turn
+                kept[name] = directions.along(rows, side, matrix, torch.empty_like(rows))
+        started = (first & succeeded).view(-1, *[1] * len(self.dims))
+        kept["second"] = torch.where(started, estimate, kept["second"])
+        for name, rows in kept.items():
+            self.kept[name][index] = rows
+
+    # -- gradients in, weights out
+
+    def _gather(self, tensors: list[Tensor | None]) -> Tensor:
+        """Tensors shaped like the members, zeros where there is none, as a stack in the bucket's dtype."""
+        if not self.dims:
+            pieces = [
+                p.new_zeros(p.numel()) if t is None else t.reshape(-1) for t, p in zip(tensors, self.params)
+            ]
+            return torch.cat(pieces).to(self.dtype)
+        found = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, self.params)]
+        if all(region.shape == self.dims for region in self.regions):
+            plain = all(t.shape == self.dims for t in found)
+            return torch.stack(found if plain else [t.reshape(self.dims) for t in found]).to(self.dtype)
+        blocks = [region.blocks(t).reshape(-1, *self.dims) for region, t in zip(self.regions, found)]
+        return torch.cat(blocks).to(self.dtype)
+
+    def _write(self, step: Tensor, rates: Rates, present: list[bool]) -> None:
+        """Add the steps to the weights that had a gradient, after their decay."""
+        shrink = self._decay(rates)
+        pieces = list(step.split(self.counts))
+        weights = []
+        for i, (region, p) in enumerate(zip(self.regions, self.params)):
+            if region.shape == p.shape and self.dims in ((), region.shape):
+                weights.append(p.detach())
+                pieces[i] = pieces[i].view(p.shape)
+            else:
+                weights.append(region.blocks(p.detach()))
+                pieces[i] = pieces[i].view(weights[i].shape)
+        taking = [i for i, is_present in enumerate(present) if is_present]
+        if self.params[0].dtype == self.dtype:
+            chosen = [weights[i] for i in taking]
+            if isinstance(shrink, Tensor) or shrink != 1:
+                torch._foreach_mul_(chosen, shrink)
+            torch._foreach_add_(chosen, [pieces[i] for i in taking])
+            return
+        rests = self.kept["rest"].split(self.counts) if "rest" in self.kept else [None] * len(weights)
+        for i in taking:
+            weight, rest = weights[i], rests[i]
+            change = pieces[i].float() + (shrink - 1) * weight.float()
+            rest = rest.view(weight.shape) if rest is not None else None
+            add_rounded(weight, change, self.group["rounding"], rest)
+
+    def _decay(self, rates: Rates) -> Rate:
+        """What the weights are multiplied by before the step."""
+        group = self.group
+        decay, how = group["weight_decay"], group["decay"]
+        if not decay or how == "l2":
+            return 1.0
+        keep = rates.keep.max() if isinstance(rates.keep, Tensor) else 1.0
+        if how == "independent":
+            return 1 - decay * keep
+        share = group["lr"] / group["peak_lr"] if how == "corrected" and group["peak_lr"] else 1.0
+        return 1 - group["lr"] * share * decay * keep
+
+
+def _identity(n: int, like: Tensor) -> Tensor:
+    return pack(torch.eye(n, dtype=like.dtype, device=like.device)[None])

@@ -1,0 +1,554 @@
+"""The Shampoo family: one optimizer for every direction, and presets under the names of the field.
+
+Gupta et al. 2018, arXiv:1802.09568; Anil et al. 2021, arXiv:2002.09018; Shi et al. 2023, arXiv:2309.06497.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stretto.optim import directions
+from stretto.optim.buckets import Bucket, Kernels
+from stretto.optim.graft import GRAFTS
+from stretto.optim.layout import DIRECTIONS, Layout, Region, arrange
+from stretto.optim.roots import COEFFICIENTS
+from stretto.optim.rounding import ROUNDINGS
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Power = float | dict[int, float | tuple[float, ...]] | None
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "direction": DIRECTIONS,
+    "root": ("auto", "eigh", "qr", "newton", "denman_beavers"),
+    "ridge": ("relative", "absolute", "pinv"),
+    "graft": ("auto", None, *GRAFTS),
+    "merge": ("dims", "matrix", "none"),
+    "then": (None, "orthogonalize"),
+    "coefficients": tuple(COEFFICIENTS),
+    "scale": ("match_rms", "original", None),
+    "decay": ("decoupled", "l2", "corrected", "independent"),
+    "products": (None, "bfloat16"),
+    "storage": (None, "bfloat16"),
+    "rounding": ROUNDINGS,
+}
+LEAST = {
+    "start": 1,
+    "every": 1,
+    "stats_every": 1,
+    "block": 1,
+    "split": 1,
+    "iterations": 1,
+    "one_sided_above": 1,
+    "full_matrix_up_to": 0,
+    "eps": 0,
+    "ridge_eps": 0,
+    "weight_decay": 0,
+    "tolerance": 0,
+}
+# what the state depends on
+FIXED = (
+    "direction",
+    "root",
+    "graft",
+    "merge",
+    "block",
+    "split",
+    "one_sided_above",
+    "full_matrix_up_to",
+    "storage",
+    "rounding",
+)
+REMEMBERED = ("defaults", "param_groups", "max_skips", "compiled", "refreshing")
+
+
+class Shampoo(Optimizer):
+    """Gradients multiplied, side by side, by inverse roots of their second moments.
+
+    Every option is a plain value in the groups and read at each step. Matrices and kernels are cut into blocks, and
+    equal blocks of all parameters step as one stack; `print(optimizer.layout)` shows them. Vectors step by the
+    grafting rule alone, Adam unless told otherwise.
+
+    direction: "root" multiplies by roots, "eigen" by their factors (a cheaper refresh, costlier steps), "soap" takes
+    Adam's step in the eigenbasis, "kl" fits the factors to each other, "one_sided" has the shorter side alone,
+    "spectral" takes the orthogonal factor of the momentum (Muon), "diagonal" the grafting rule. then="orthogonalize"
+    takes the orthogonal factor of the direction.
+    power: p of the inverse root; 1 / (2 sides) by itself, 1/2 for one side and for kl. A dict has it by order, a
+    tuple by side.
+    root: how roots are found; "auto", "eigh", "qr" (an orthogonal iteration from the last basis), "newton",
+    "denman_beavers". ridge, ridge_eps: what is added to eigenvalues, relative to the largest or not, or "pinv", which
+    drops those that are lost in rounding instead.
+    graft: whose length the step has, for each block: "adam", "rmsprop", "adagrad", "sgd" or None; "auto" is Adam's
+    for root, eigen and one_sided.
+    every: steps in which each block is refreshed once, a share of them at each step; start: the first such step;
+    stats_every: steps from one update of the factors to the next; tolerance: how far a basis may be from diagonal
+    (share of the norm) before it is refreshed ("qr" alone).
+    block: the largest side of a block; merge: neighbouring dims of kernels are merged up to it ("dims"), to
+    (first, rest) ("matrix"), or not; split: parts of the first dim that are kept apart (3 x heads for a fused QKV);
+    one_sided_above: matrices so many times longer than wide keep the shorter side alone, as do 2-D parameters named
+    like embeddings or heads; full_matrix_up_to: vectors up to this length have a factor too.
+    momentum, nesterov: momentum after preconditioning, beside beta1 before it; beta3 mixes the gradient into the
+    latter. clip: the largest root mean square of a block's step. decay: "decoupled", "l2", "corrected" (lr² / peak lr)
+    or "independent" of lr.
+    products, storage: "bfloat16" for the dtype of products, and of stored factors and roots. rounding: of weights
+    in lower precision: "nearest", "stochastic" or "compensated".
+    max_skips: a step with a gradient that is not finite changes nothing and counts in `skipped`; so many in a row
+    raise ValueError, at most `every` steps late where looking means waiting for a device. The same number of failed
+    refreshes in a row raises too.
+    compile: torch.compile for what a step does with stacks. A CUDA graph of `step` has no refresh: call `refresh`
+    between replays, and give lr as a tensor.
+    Raises ValueError for values out of range, naming them, and for sparse and complex gradients.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        direction: str = "root",
+        power: Power = None,
+        root: str = "auto",
+        ridge: str = "relative",
+        ridge_eps: float = 1e-6,
+        trace_scaling: bool = False,
+        graft: str | None = "auto",
+        graft_beta2: float | None = None,
+        beta3: float | None = None,
+        bias_correction: bool = True,
+        start: int = 1,
+        every: int = 10,
+        stats_every: int = 1,
+        tolerance: float = 0.0,
+        block: int = 1024,
+        merge: str = "dims",
+        split: int = 1,
+        one_sided_above: float = 6.0,
+        full_matrix_up_to: int = 0,
+        then: str | None = None,
+        iterations: int = 5,
+        coefficients: str = "jordan",
+        neuron_beta2: float = 0.0,
+        scale: str | None = "match_rms",
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        clip: float | None = None,
+        decay: str = "decoupled",
+        products: str | None = None,
+        storage: str | None = None,
+        rounding: str = "nearest",
+        max_skips: int = 3,
+        compile: bool = False,
+    ) -> None:
+        defaults = {
+            name: value for name, value in locals().items() if name not in ("self", "params", "__class__")
+        }
+        del defaults["compile"], defaults["max_skips"]
+        if max_skips < 1:
+            raise ValueError(f"max_skips is {max_skips}; it must be 1 or more")
+        self._begin(max_skips, compile)
+        super().__init__(params, defaults)
+
+    def _begin(self, max_skips: int, compile: bool) -> None:
+        self.max_skips, self.compiled, self.refreshing = max_skips, compile, True
+        self.buckets: list[Bucket] = []
+        self._regions: list[Region] = []
+        self._placed: set[Tensor] = set()
+        self._skipped: Any = 0  # numbers on the CPU, tensors elsewhere
+        self._row: Any = 0
+        self._longest: Any = 0
+        self._bad: Any = []
+        self._seen: list[Tensor] = []
+        self._kernels = Kernels(directions.accumulate, directions.advance)
+        if compile:
+            self._kernels = Kernels(
+                torch.compile(directions.accumulate, dynamic=False),
+                torch.compile(directions.advance, dynamic=False),
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """One more group, with the defaults for what it does not say."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("calls", 0)
+        group.setdefault("peak_lr", 0.0)
+        group["fixed"] = {name: group[name] for name in FIXED}
+        try:
+            _check(group)
+            self._regions += self._arranged(len(self.param_groups) - 1)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        self._stagger()
+
+    # -- a step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stepping = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not stepping:
+            return loss
+        self._place(stepping)
+        keep = self._finite(stepping)
+        if keep is False:
+            return loss
+        for group in self.param_groups:
+            group["calls"] += 1
+            peak, lr = group["peak_lr"], group["lr"]
+            group["peak_lr"] = (
+                torch.maximum(lr, torch.as_tensor(peak)) if isinstance(lr, Tensor) else max(lr, peak)
+            )
+        for bucket in self.buckets:
+            bucket.step(bucket.group["calls"], None if keep is True else keep, self.refreshing, self._kernels)
+        self._look()
+        return loss
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Refresh all blocks now, whosever turn it is."""
+        for bucket in self.buckets:
+            if bucket.rule.sides:
+                bucket.refresh(list(range(bucket.size)))
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped because a gradient was not finite; reading it waits for the device."""
+        return int(self._skipped)
+
+    # -- what lies where
+
+    @property
+    def layout(self) -> Layout:
+        """Every parameter's blocks, direction, bytes of state and cost of a refresh: print it."""
+        kept: dict[int, int] = defaultdict(int)
+        params = self._parameters()
+        for region in self._regions:
+            kept[region.index] += _bytes(
+                Bucket([region], [params[region.index].to("meta")], self._group(region))
+            )
+        return Layout(self._regions, dict(kept))
+
+    def state_bytes(self) -> int:
+        """Of all that is kept now."""
+        return sum(map(_bytes, self.buckets))
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _group(self, region: Region) -> dict[str, Any]:
+        return self.param_groups[region.group]
+
+    def _arranged(self, number: int) -> list[Region]:
+        group, first = self.param_groups[number], sum(len(g["params"]) for g in self.param_groups[:number])
+        indices = range(first, first + len(group["params"]))
+        names = group.get("param_names") or group.get("names") or [f"parameter {index}" for index in indices]
+        return [
+            region
+            for index, name, p in zip(indices, names, group["params"])
+            for region in arrange(index, name, tuple(p.shape), number, group, by_name="param_names" in group)
+        ]
+
+    def _stagger(self) -> None:
+        """Give every block its turn, so that all steps of a cycle cost about the same."""
+        layout = Layout(self._regions)
+        self._every = [group["every"] for group in self.param_groups]
+        self._phases: dict[tuple[int, int], list[int]] = {}
+        for every in set(self._every):
+            groups = {number for number, theirs in enumerate(self._every) if theirs == every}
+            self._phases |= layout.phases(every, groups)
+        for bucket in self.buckets:
+            bucket.phases = self._turns(bucket.regions)
+
+    def _turns(self, regions: list[Region]) -> list[int]:
+        return [turn for region in regions for turn in self._phases.get((region.index, region.part), [])]
+
+    def _place(self, stepping: list[Tensor]) -> None:
+        """Check what may change between steps, and make buckets for parameters with their first gradient."""
+        for group in self.param_groups:
+            changed = [name for name in FIXED if group[name] != group["fixed"][name]]
+            if changed:
+                raise ValueError(
+                    f"{changed[0]} was changed from {group['fixed'][changed[0]]!r} to {group[changed[0]]!r}; it is "
+                    "fixed once a group is added, since the state depends on it; make a new optimizer"
+                )
+        if [group["every"] for group in self.param_groups] != self._every:
+            self._stagger()
+        for p in stepping:
+            assert p.grad is not None
+            if p.grad.layout != torch.strided or p.grad.is_complex():
+                kind = "complex" if p.grad.is_complex() else "sparse"
+                raise ValueError(
+                    f"the gradient of {self._name(p)} is {kind}; Shampoo steps by dense real gradients: give this "
+                    "parameter to another optimizer, or ask its layer for dense gradients"
+                )
+        if any(p not in self._placed for p in stepping):
+            new = {p for p in stepping if p not in self._placed}
+            for bucket in self._made(new):
+                self._adopt(bucket)
+        for bucket in self.buckets:
+            if bucket.complete():
+                self._link(bucket)
+
+    def _made(self, params: set[Tensor]) -> list[Bucket]:
+        """Buckets for these parameters."""
+        every = self._parameters()
+        found: dict[Any, list[Region]] = defaultdict(list)
+        for region in self._regions:
+            p = every[region.index]
+            if p in params:
+                key = (region.group, region.dims, region.sides, region.direction, p.dtype, p.device)
+                found[key].append(region)
+        return [
+            Bucket(
+                regions,
+                [every[r.index] for r in regions],
+                self._group(regions[0]),
+                self._turns(regions),
+                self.compiled,
+            )
+            for regions in found.values()
+        ]
+
+    def _adopt(self, bucket: Bucket) -> None:
+        self.buckets.append(bucket)
+        for p in bucket.params:
+            self._placed.add(p)
+        self._link(bucket)
+
+    def _link(self, bucket: Bucket) -> None:
+        """Show a bucket's stacks as the state of its parameters, without a copy."""
+        for p, views in zip(bucket.params, bucket.views()):
+            self.state[p].update(views)
+
+    def _name(self, p: Tensor) -> str:
+        index = next(i for i, other in enumerate(self._parameters()) if other is p)
+        return next(region.name for region in self._regions if region.index == index)
+
+    # -- steps that cannot be taken
+
+    def _finite(self, stepping: list[Tensor]) -> bool | Tensor:
+        """Whether all gradients are finite: known on the CPU, elsewhere a 0-d tensor, 1 or 0. Counts the others."""
+        device = stepping[0].device
+        norms = torch._foreach_norm([p.grad for p in stepping if p.grad is not None])
+        finite = torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite()
+        if device.type == "cpu":
+            if finite.all():
+                self._row = 0
+                return True
+            self._skipped, self._row = self._skipped + 1, self._row + 1
+            self._bad = [p for p, is_finite in zip(stepping, finite.tolist()) if not is_finite]
+            if self._row >= self.max_skips:
+                self._stop()
+            return False
+        keep = finite.all().float()
+        if not isinstance(self._skipped, Tensor):
+            self._skipped = torch.tensor(float(self._skipped), device=device)
+            self._row = self._longest = torch.zeros((), device=device)
+        self._skipped = self._skipped + (1 - keep)
+        self._row = (self._row + 1) * (1 - keep)
+        self._longest = torch.maximum(self._longest, self._row)
+        if not isinstance(self._bad, Tensor) or len(self._bad) != len(finite):
+            self._bad = torch.zeros_like(finite)
+        self._bad, self._seen = torch.where(keep > 0, self._bad, ~finite), stepping
+        return keep
+
+    def _look(self) -> None:
+        """Once in a cycle, look at the counters of skipped steps and failed refreshes."""
+        every = max(group["every"] for group in self.param_groups)
+        if max(group["calls"] for group in self.param_groups) % every:
+            return
+        if isinstance(self._longest, Tensor) and self._longest >= self.max_skips:
+            self._bad = [p for p, is_bad in zip(self._seen, self._bad.tolist()) if is_bad]
+            self._stop()
+        for bucket in self.buckets:
+            for failures, p in zip(bucket.failed(), bucket.params):
+                if failures >= self.max_skips:
+                    raise ValueError(
+                        f"the factors of {self._name(p)} could not be refreshed {failures} times in a row; raise "
+                        f"ridge_eps ({bucket.group['ridge_eps']}) or choose root='eigh'"
+                    )
+
+    def _stop(self) -> None:
+        names = ", ".join(self._name(p) for p in self._bad[:3])
+        raise ValueError(
+            f"{self.max_skips} steps in a row had a gradient that is not finite, last in {names}; the weights are "
+            "those before them: lower the learning rate or clip gradients, or raise max_skips"
+        )
+
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: plain tensors under plain keys, views of the stacks."""
+        for bucket in self.buckets:
+            bucket.settle()
+        state: dict[str, Any] = super().state_dict()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`. Raises ValueError, and changes nothing, where layouts differ."""
+        saved = state_dict["param_groups"]
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in saved]
+        if ours != theirs:
+            raise ValueError(f"the checkpoint has groups of {theirs} parameters, this optimizer of {ours}")
+        for number, (group, other) in enumerate(zip(self.param_groups, saved)):
+            for name in FIXED:
+                if name in other and other[name] != group[name]:
+                    raise ValueError(
+                        f"the checkpoint has {name}={other[name]!r} in group {number}, this optimizer "
+                        f"{group[name]!r}; make the optimizer with the checkpoint's"
+                    )
+        params, entries = self._parameters(), state_dict["state"]
+        indices = [index for group in saved for index in group["params"]]
+        kept = [dict(group) for group in self.param_groups]
+        for group, other in zip(self.param_groups, saved):
+            group.update(
+                {k: copy.deepcopy(v) for k, v in other.items() if k not in ("params", "param_names", "names")}
+            )
+        try:
+            stored = {p: entries[index] for p, index in zip(params, indices) if index in entries}
+            buckets = self._made(set(stored))
+            for bucket in buckets:
+                bucket.complete()
+                for region, p, views in zip(bucket.regions, bucket.params, bucket.views()):
+                    for name, view in views.items():
+                        value = stored[p].get(name)
+                        if value is None or value.shape != view.shape:
+                            found = "none" if value is None else tuple(value.shape)
+                            raise ValueError(
+                                f"{name} of {region.name} should have shape {tuple(view.shape)}, and the checkpoint "
+                                f"has {found}; it is of another layout"
+                            )
+                        view.copy_(value)
+        except ValueError:
+            for group, before in zip(self.param_groups, kept):
+                group.clear()
+                group.update(before)
+            raise
+        self.buckets, self._placed = [], set()
+        self.state.clear()
+        self._stagger()
+        for bucket in buckets:
+            bucket.resumed()
+            self._adopt(bucket)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name in REMEMBERED}
+        return state | {"saved": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = state.pop("saved")
+        super().__setstate__({**state, "state": defaultdict(dict)})
+        self._begin(state["max_skips"], state["compiled"])
+        self._regions = [
+            region for number in range(len(self.param_groups)) for region in self._arranged(number)
+        ]
+        self._stagger()
+        self.load_state_dict(saved)
+
+
+def _bytes(bucket: Bucket) -> int:
+    return sum(kept.numel() * kept.element_size() for kept in bucket.kept.values())
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Raise ValueError for the first value out of range."""
+    for name, allowed in CHOICES.items():
+        if group[name] not in allowed:
+            listed = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name} is {group[name]!r}; it must be one of {listed}")
+    for name, least in LEAST.items():
+        if not group[name] >= least:
+            raise ValueError(f"{name} is {group[name]}; it must be {least} or more")
+    beta1, beta2 = group["betas"]
+    if not 0 <= beta1 < 1:
+        raise ValueError(f"beta1 is {beta1}; it must lie in [0, 1)")
+    for name, beta in (("beta2", beta2), ("graft_beta2", group["graft_beta2"]), ("beta3", group["beta3"])):
+        if beta is not None and not 0 <= beta <= 1:
+            raise ValueError(f"{name} is {beta}; it must lie in [0, 1]")
+    for name in ("momentum", "neuron_beta2"):
+        if not 0 <= group[name] < 1:
+            raise ValueError(f"{name} is {group[name]}; it must lie in [0, 1)")
+    if group["lr"] < 0:
+        raise ValueError(f"lr is {group['lr']}; it must be 0 or more")
+    if group["clip"] is not None and not group["clip"] > 0:
+        raise ValueError(f"clip is {group['clip']}; it must be above 0, or None")
+    direction, graft = group["direction"], group["graft"]
+    if group["beta3"] and not beta1:
+        raise ValueError(
+            f"beta3 is {group['beta3']} and beta1 is 0; beta3 mixes into a momentum, which needs beta1"
+        )
+    if direction == "soap" and graft not in ("auto", None, "sgd"):
+        raise ValueError(f"graft is {graft!r}; soap is Adam's step already: it takes None or 'sgd'")
+    if direction == "soap" and beta2 == 1:
+        raise ValueError("beta2 is 1; soap averages second moments and needs it below 1")
+    if direction == "spectral" and graft not in ("auto", None):
+        raise ValueError(f"graft is {graft!r}; spectral steps have a length of their own: leave graft out")
+    if direction in ("eigen", "soap") and group["root"] not in ("auto", "eigh", "qr"):
+        raise ValueError(f"root is {group['root']!r}; {direction} keeps bases, which eigh and qr find")
+    if group["root"] in ("newton", "denman_beavers") and group["ridge"] == "pinv":
+        raise ValueError(f"ridge is 'pinv'; {group['root']} finds no pseudo-inverse: choose root='eigh'")
+    if group["tolerance"] and direction not in ("eigen", "soap") and group["root"] != "qr":
+        raise ValueError(f"tolerance is {group['tolerance']}; it needs a basis to look at: choose root='qr'")
+
+
+# -- presets
+
+
+def SOAP(
+    params: Parameters, lr: float | Tensor, betas: tuple[float, float] = (0.95, 0.95), **options: Any
+) -> Shampoo:
+    """Adam in the eigenbasis of Shampoo's factors. Vyas et al. 2024, arXiv:2409.11321."""
+    return Shampoo(params, lr, betas, **{"direction": "soap", **options})
+
+
+def KLShampoo(
+    params: Parameters, lr: float | Tensor, betas: tuple[float, float] = (0.95, 0.95), **options: Any
+) -> Shampoo:
+    """Factors fitted to each other by the Kullback-Leibler divergence. Lin et al. 2025, arXiv:2509.03378."""
+    return Shampoo(params, lr, betas, **{"direction": "kl", **options})
+
+
+def OneSidedShampoo(
+    params: Parameters, lr: float | Tensor, betas: tuple[float, float] = (0.9, 0.99), **options: Any
+) -> Shampoo:
+    """The shorter side alone, with p = 1/2: half the products and less state."""
+    return Shampoo(params, lr, betas, **{"direction": "one_sided", **options})
+
+
+def Muon(
+    params: Parameters, lr: float | Tensor, betas: tuple[float, float] = (0.95, 0.95), **options: Any
+) -> Shampoo:
+    """The orthogonal factor of the Nesterov momentum. Jordan et al. 2024; sizes as Liu et al. 2025, arXiv:2502.16982.
+
+    Vectors, and embeddings and heads where parameters come with names, step by Adam with the same betas.
+    """
+    return Shampoo(params, lr, betas, **{"direction": "spectral", **options})
+
+
+def NorMuon(
+    params: Parameters, lr: float | Tensor, betas: tuple[float, float] = (0.95, 0.95), **options: Any
+) -> Shampoo:
+    """Muon with rows of one size over time. Li et al. 2025, arXiv:2510.05491."""
+    return Shampoo(params, lr, betas, **{"direction": "spectral", "neuron_beta2": 0.95, **options})
+
+
+def SOAPMuon(
+    params: Parameters, lr: float | Tensor, betas: tuple[float, float] = (0.95, 0.95), **options: Any
+) -> Shampoo:
+    """The orthogonal factor of SOAP's direction."""
+    return Shampoo(params, lr, betas, **{"direction": "soap", "then": "orthogonalize", **options})
