@@ -1,6 +1,6 @@
 """What a step of Shampoo, SOAP and Muon takes, beside the bare products of the same buckets and beside AdamW.
 
-    python benchmarks/optimizer_step.py [--sets gpt2tiny,resnet18] [--only shampoo,soap,muon] [--quick] [--check]
+    python benchmarks/optimizer_step.py [--sets gpt2tiny,resnet18] [--only shampoo,bf16,soap,muon] [--quick] [--check]
     python benchmarks/optimizer_step.py --memory | --linear | --gpu
 
 CPU milliseconds of all threads. The rows take turns, a block of steps each, after a whole refresh cycle; figures
@@ -44,7 +44,7 @@ from stretto.optim import SOAP, Shampoo
 
 EVERY = 10  # steps of a refresh cycle
 ROUNDS, QUICK_ROUNDS = 5, 2
-PARTS = ("shampoo", "soap", "muon")
+PARTS = ("shampoo", "bf16", "soap", "muon")  # bf16: Shampoo with products in bfloat16
 NOTE = """plain: a step with the refresh switched off; mean, worst: of the steps of a refresh cycle, each the median
 over rounds. refresh: of everything at once. B/p: bytes of state per parameter. aten: calls of any kind, views too,
 those of the worker threads of a refresh included; of a plain step, and of the steps of a cycle the median and
@@ -104,7 +104,7 @@ def torch_muon(weights: Weights) -> list[Optimizer]:
     return [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3, fused=True)]
 
 
-def adamw(weights: Weights, **options: bool) -> list[Optimizer]:
+def adamw(weights: Weights, **options: Any) -> list[Optimizer]:
     return [torch.optim.AdamW([*weights.tables, *weights.others], lr=1e-3, **options)]
 
 
@@ -289,17 +289,17 @@ def rows_of(shapes: Shapes, parts: Sequence[str]) -> list[Row]:
         Stepper(weights := Weights(shapes, pool), adamw(weights, foreach=True)).row("AdamW foreach"),
         Stepper(weights := Weights(shapes, pool), adamw(weights, fused=True)).row("AdamW fused"),
     ]
-    if {"shampoo", "soap"} & set(parts):
+    if {"shampoo", "bf16", "soap"} & set(parts):
         ours = Stepper(weights := Weights(shapes, pool), shampoo(weights))
         layout = list(ours.optimizers[0].layout)
-        exact, half = Floor(layout, torch.float32), Floor(layout, torch.bfloat16)
-        stacks = factors(layout)
+        exact, stacks = Floor(layout, torch.float32), factors(layout)
         rows += [
             Row("floor fp32", {"plain": lambda: [cpu(exact.step) for _ in range(5)]}),
             Row("eigh of all", {"refresh": lambda: [cpu(lambda: [torch.linalg.eigh(s) for s in stacks])]}),
             ours.row("Shampoo", refreshes=True),
         ]
-    if "shampoo" in parts:
+    if "bf16" in parts:
+        half = Floor(layout, torch.bfloat16)
         rows.append(Row("floor bf16", {"plain": lambda: [cpu(half.step) for _ in range(5)]}))
         weights = Weights(shapes, pool)
         stepper = Stepper(weights, shampoo(weights, products="bfloat16"))
@@ -393,7 +393,7 @@ def state_bars(shapes: Shapes) -> list[Bar]:
 def memory_table(shapes: Shapes, parts: Sequence[str]) -> list[Bar]:
     """Extra memory in the step, of the gradient bytes of the largest bucket."""
     pool = gradient_pool(shapes)
-    makes = {
+    makes: dict[str, Callable[[Weights], Any]] = {
         "Shampoo": shampoo,
         "SOAP": soap,
         "Muon": lambda w: muon(w, None),

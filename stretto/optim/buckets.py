@@ -14,7 +14,7 @@ from stretto.optim import directions, roots
 from stretto.optim.directions import Kept, Rates, Rule
 from stretto.optim.layout import Region
 from stretto.optim.rounding import add_rounded
-from stretto.optim.symmetric import WHOLE, Rate, over, pack, packed, unpack
+from stretto.optim.symmetric import WHOLE, Rate, halved, over
 
 SQUARED = ("adam", "rmsprop", "adagrad")  # grafting rules that keep squares
 BASED = ("eigen", "soap")  # directions that keep bases, not roots
@@ -157,19 +157,25 @@ class Bucket:
         for position, side in enumerate(rule.sides):
             n = self.dims[side]
             identity = torch.eye(n, dtype=stored, device=self.device).repeat(self.size, 1, 1)
-            kept[f"factor{position}"] = self.stack(packed(n), dtype=stored).zero_()
+            for name, part in self._named("factor", position, halved(identity)).items():
+                kept[name] = torch.zeros_like(part)
             if rule.direction in BASED:
                 kept[f"basis{position}"] = identity
                 if rule.direction == "eigen":
                     kept[f"powers{position}"] = self.stack(n).fill_(1.0)
             else:
-                kept[f"root{position}"] = pack(identity)
+                kept |= self._named("root", position, [part.clone() for part in halved(identity)])
                 if self.solver(n) == "qr":
                     kept[f"basis{position}"] = identity.to(torch.bfloat16)
         if rule.sides:
             kept["refreshed"] = torch.zeros(self.size, dtype=torch.int32, device=self.device)
             kept["failures"] = torch.zeros(self.size, dtype=torch.int32, device=self.device)
         return kept
+
+    @staticmethod
+    def _named(name: str, position: int, parts: list[Tensor]) -> dict[str, Tensor]:
+        """The parts of a symmetric matrix under their names."""
+        return {f"{name}{position}" + ("_rest" if i else ""): part for i, part in enumerate(parts)}
 
     def solver(self, n: int) -> str:
         """How roots or bases of (n, n) factors are found.
@@ -258,10 +264,18 @@ class Bucket:
             self.ready = (self.kept["refreshed"] > 0).tolist()
 
     def _spread(self, values: Tensor) -> Tensor:
-        """A number of each member (members,), for each of its blocks: (B,), or (1,) where all are equal."""
+        """A number of each member (members,) for each block: (B, 1 .. 1), or (1, 1 .. 1) where all are equal."""
         if self.together:
-            return values[:1]
-        return values.repeat_interleave(torch.tensor(self.counts, device=self.device), output_size=self.size)
+            values = values[:1]
+        else:
+            counts = torch.tensor(self.counts, device=self.device)
+            values = values.repeat_interleave(counts, output_size=self.size)
+        return values.view(-1, *[1] * len(self.dims))
+
+    @staticmethod
+    def _of(spread: Tensor, index: Tensor) -> Tensor:
+        """What `_spread` gave, of some blocks: (K,) or (1,)."""
+        return spread.flatten()[index] if len(spread) > 1 else spread.flatten()
 
     def _number(self, name: str) -> int | Tensor:
         """Steps or updates so far: a number, or of each block."""
@@ -308,7 +322,7 @@ class Bucket:
             if len(steps) > 1
             else [0] * len(self.counts)
         )
-        self.kept["updates"].add_(steps[first])
+        self.kept["updates"].add_(steps.flatten()[first])
 
     def _begin(self, gradient: Tensor) -> None:
         """Where nothing was accumulated yet: a multiple of the identity that brings the gradient to a usual size."""
@@ -316,7 +330,7 @@ class Bucket:
         if rule.direction == "soap":
             return
         squares = gradient.flatten(1).square().sum(dim=1)
-        fresh = (self.kept["factor0"] == 0).all(dim=1) & (squares > 0)
+        fresh = (self.kept["factor0"] == 0).flatten(1).all(dim=1) & (squares > 0)
         for position, side in enumerate(rule.sides):
             if rule.direction == "kl":
                 size = (squares / prod(self.dims)) ** (-0.5 / len(rule.sides))
@@ -325,24 +339,36 @@ class Bucket:
                 size = (squares ** (1 - shared) / self.dims[side]) ** -power(
                     rule, group, position, len(self.dims)
                 )
-            name = f"powers{position}" if rule.direction == "eigen" else f"root{position}"
-            kept = self.kept[name]
-            plain = (
-                torch.ones_like(kept[:1]) if rule.direction == "eigen" else _identity(self.dims[side], kept)
+            if rule.direction == "eigen":
+                self._replace(
+                    fresh, {f"powers{position}": size[:, None].expand_as(self.kept[f"powers{position}"])}
+                )
+                continue
+            parts = halved(torch.eye(self.dims[side], dtype=self.dtype, device=self.device)[None])
+            self._replace(
+                fresh, self._named("root", position, [size[:, None, None] * part for part in parts])
             )
-            kept.copy_(torch.where(fresh[:, None], size[:, None].to(kept.dtype) * plain, kept))
             if (
                 rule.direction == "kl"
             ):  # which has no zero to begin at, as each factor needs the inverse of the others
-                factor = self.kept[f"factor{position}"]
-                factor.copy_(
-                    torch.where(fresh[:, None], size[:, None].to(factor.dtype) ** -2 * plain, factor)
-                )
+                theirs = [size[:, None, None] ** -2 * part for part in parts]
+                self._replace(fresh, self._named("factor", position, theirs))
+
+    def _replace(self, where: Tensor, new: dict[str, Tensor], index: Tensor | None = None) -> None:
+        """Rows of what is kept under these names, of all blocks or of those in index, where a mask says so."""
+        for name, rows in new.items():
+            kept = self.kept[name]
+            old = kept if index is None else kept[index]
+            chosen = torch.where(where.view(-1, *[1] * (old.ndim - 1)), rows.to(old.dtype), old)
+            if index is None:
+                kept.copy_(chosen)
+            else:
+                kept[index] = chosen
 
     def _weights(self, index: Tensor) -> Rate:
         """The sum of weights that is in the second moment of these blocks, before this step's square."""
         steps = self._number("step")
-        count = steps[index if len(steps) > 1 else slice(1)] if isinstance(steps, Tensor) else steps
+        count = self._of(steps, index) if isinstance(steps, Tensor) else steps
         return remainder(self.group["betas"][1], count - 1)
 
     # -- the refresh
@@ -355,13 +381,11 @@ class Bucket:
         index = torch.tensor(rows, device=self.device)
         corrected = group["bias_correction"] and group["betas"][1] < 1 and rule.direction != "kl"
         updates = self._number("updates")
-        count = updates[index if len(updates) > 1 else 0] if isinstance(updates, Tensor) else updates
-        if isinstance(count, Tensor):
-            count = count.clamp_min(1.0)
+        count = self._of(updates, index).clamp_min(1.0) if isinstance(updates, Tensor) else updates
         scale = 1 / remainder(group["betas"][1], count) if corrected else 1.0
         factors = []
-        for position, side in enumerate(rule.sides):
-            factor = unpack(self.kept[f"factor{position}"][index].to(exact), self.dims[side])
+        for position in range(len(rule.sides)):
+            factor = directions.symmetric(self.kept, "factor", position).rows(index, exact)
             factors.append(factor * over(scale, factor))
         traces = factors[0].diagonal(dim1=1, dim2=2).sum(dim=1)
         if group["trace_scaling"]:
@@ -375,16 +399,13 @@ class Bucket:
             succeeded = succeeded & converged
         if rule.direction == "soap":
             self._turn(
-                [found["basis"] for found, _ in refreshed],
+                [found[f"basis{position}"] for position, (found, _) in enumerate(refreshed)],
                 [found.pop("values") for found, _ in refreshed],
                 index,
                 succeeded,
             )
-        for position, (found, _) in enumerate(refreshed):
-            for name, new in found.items():
-                kept = self.kept[f"{name}{position}"]
-                old = kept[index]
-                kept[index] = torch.where(succeeded.view(-1, *[1] * (old.ndim - 1)), new.to(old.dtype), old)
+        for found, _ in refreshed:
+            self._replace(succeeded, found, index)
         self.kept["refreshed"][index] += succeeded
         failed = self.kept["failures"]
         failed[index] = torch.where(succeeded | (traces <= 0), 0, failed[index] + 1).to(failed.dtype)
@@ -402,15 +423,18 @@ class Bucket:
             root, converged = roots.inverse_root(
                 factor, exponent, solver=solver, ridge=group["ridge"], eps=group["ridge_eps"]
             )
-            return {"root": pack(root)}, converged
+            return self._named("root", position, halved(root)), converged
         values, vectors, converged = self._eigen(position, factor, rows, index)
         powers = roots.eigenvalue_powers(values, exponent, group["ridge"], group["ridge_eps"])
+        basis = {f"basis{position}": vectors}
         if rule.direction == "soap":
-            return {"basis": vectors, "values": values}, converged
+            return basis | {"values": values}, converged
         if rule.direction == "eigen":
-            return {"basis": vectors, "powers": powers}, converged
-        found = {"root": pack(torch.bmm(vectors * powers[:, None, :], vectors.mT))}
-        return found | ({"basis": vectors} if f"basis{position}" in self.kept else {}), converged
+            return basis | {f"powers{position}": powers}, converged
+        root = halved(torch.bmm(vectors * powers[:, None, :], vectors.mT))
+        return self._named("root", position, root) | (
+            basis if f"basis{position}" in self.kept else {}
+        ), converged
 
     def _eigen(
         self, position: int, factor: Tensor, rows: list[int], index: Tensor
@@ -472,10 +496,8 @@ class Bucket:
     def _gather(self, tensors: list[Tensor | None]) -> Tensor:
         """Tensors shaped like the members, zeros where there is none, as a stack in the bucket's dtype."""
         if not self.dims:
-            pieces = [
-                p.new_zeros(p.numel()) if t is None else t.reshape(-1) for t, p in zip(tensors, self.params)
-            ]
-            return torch.cat(pieces).to(self.dtype)
+            pieces = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, self.params)]
+            return torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in pieces]).to(self.dtype)
         found = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, self.params)]
         if all(region.shape == self.dims for region in self.regions):
             plain = all(t.shape == self.dims for t in found)
@@ -486,14 +508,12 @@ class Bucket:
     def _write(self, step: Tensor, rates: Rates, present: list[bool]) -> None:
         """Add the steps to the weights that had a gradient, after their decay."""
         shrink = self._decay(rates)
-        pieces = list(step.split(self.counts))
-        weights = []
+        single = self.dims and self.size == len(self.params)
+        pieces = list(step.unbind() if single else step.split(self.counts))
+        weights = list(self.params)
         for i, (region, p) in enumerate(zip(self.regions, self.params)):
-            if region.shape == p.shape and self.dims in ((), region.shape):
-                weights.append(p.detach())
-                pieces[i] = pieces[i].view(p.shape)
-            else:
-                weights.append(region.blocks(p.detach()))
+            if pieces[i].shape != p.shape:
+                weights[i] = region.blocks(p)
                 pieces[i] = pieces[i].view(weights[i].shape)
         taking = [i for i, is_present in enumerate(present) if is_present]
         if self.params[0].dtype == self.dtype:
@@ -520,7 +540,3 @@ class Bucket:
             return 1 - decay * keep
         share = group["lr"] / group["peak_lr"] if how == "corrected" and group["peak_lr"] else 1.0
         return 1 - group["lr"] * share * decay * keep
-
-
-def _identity(n: int, like: Tensor) -> Tensor:
-    return pack(torch.eye(n, dtype=like.dtype, device=like.device)[None])

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from stretto.optim.graft import divided, lengths, track
 from stretto.optim.roots import orthogonalize
-from stretto.optim.symmetric import WHOLE, Rate, halves, multiply, over
-from stretto.optim.symmetric import accumulate as add_gram
+from stretto.optim.symmetric import Rate, Symmetric, over
 
 Kept = dict[str, Tensor]  # what a bucket keeps, by name: momentum, square, factor0, root0, ...
 
@@ -39,7 +38,7 @@ class Rule:
 
 
 class Rates(NamedTuple):
-    """Numbers of one step: floats, or (B,) where blocks differ, or (1,) where they must not be constants.
+    """Numbers of one step: floats; or (B, 1 .. 1) where blocks differ, (1, 1 .. 1) where they must not be constants.
 
     Weights are those of what is new, and 0 where a step is skipped.
     """
@@ -65,17 +64,22 @@ def accumulate(gradient: Tensor, kept: Kept, rule: Rule, decay: Rate, weight: Ra
         x = gradient if rule.products is None else gradient.to(rule.products)
         share: Rate = weight
         if rule.direction == "kl":
-            others = [(s, kept[f"root{p}"]) for p, s in enumerate(rule.sides) if p != position]
-            for other, root in others:
-                x = along(x, other, root, torch.empty_like(x), symmetric=True)
-            share = weight / prod(gradient.shape[1 + other] for other, _ in others)
-        factor = kept[f"factor{position}"]
-        if factor.dtype == gradient.dtype:
-            add_gram(factor, unfold(x, side), decay, share)
+            others = [(p, s) for p, s in enumerate(rule.sides) if p != position]
+            for p, s in others:
+                x = along(x, s, symmetric(kept, "root", p), torch.empty_like(x))
+            share = weight / prod(gradient.shape[1 + s] for _, s in others)
+        factor = symmetric(kept, "factor", position)
+        if factor.top.dtype == gradient.dtype:
+            factor.add_gram(unfold(x, side), decay, share)
         else:
-            exact = factor.to(gradient.dtype)
-            add_gram(exact, unfold(x, side), decay, share)
-            factor.copy_(exact)
+            exact = Symmetric(*(part.to(gradient.dtype) for part in factor.parts()))
+            exact.add_gram(unfold(x, side), decay, share)
+            torch._foreach_copy_(factor.parts(), exact.parts())
+
+
+def symmetric(kept: Kept, name: str, position: int) -> Symmetric:
+    """The factors or the roots of one side."""
+    return Symmetric(kept[f"{name}{position}"], kept.get(f"{name}{position}_rest"))
 
 
 def advance(gradient: Tensor, kept: Kept, rule: Rule, rates: Rates, ready: Tensor | None) -> Tensor:
@@ -92,20 +96,21 @@ def advance(gradient: Tensor, kept: Kept, rule: Rule, rates: Rates, ready: Tenso
         track(kept["second"], g, rates.second, scratch.beside(g), summed=False)
     x = g
     if "momentum" in kept:
-        momentum = kept["momentum"].lerp_(g, over(rates.momentum, g))
+        momentum = kept["momentum"].lerp_(g, rates.momentum)
         x = momentum if rates.lead == 1 else g.lerp_(momentum, rates.lead)
     if rule.direction == "diagonal":
         return _finish(*_grafted(x, kept, rule, rates, scratch), kept, rule, rates)
-    length, unready = None, None
+    length, unready, graft_size = None, None, 1.0
     if rule.graft is not None:
         own, size = _grafted(x, kept, rule, rates, scratch)
-        length = lengths(own) * size
-        unready = own * over(size, own) if ready is not None else None
+        length = lengths(own)
+        unready = own * size if ready is not None else None
+        graft_size = size
     step, size = _directed(x, kept, rule, rates, scratch)
     if length is not None:
-        size = length / lengths(step).clamp_min(1e-30)
+        size = length.div_(lengths(step).clamp_min_(1e-30)) * graft_size
     if ready is not None and unready is not None:
-        step, size = torch.where(_wide(ready, step), step * over(size, step), unready), 1.0
+        step, size = torch.where(_wide(ready, step), step * size, unready), 1.0
     return _finish(step, size, kept, rule, rates)
 
 
@@ -150,7 +155,7 @@ def _directed(x: Tensor, kept: Kept, rule: Rule, rates: Rates, scratch: Scratch)
         exact = x.dtype
         x, scratch = _cast(x, rule, scratch)
         for position, side in enumerate(rule.sides):
-            x = along(x, side, kept[f"root{position}"], scratch.beside(x), symmetric=True)
+            x = along(x, side, symmetric(kept, "root", position), scratch.beside(x))
         x = x.to(exact)
     return (orthogonal(x, kept, rule, rates), 1.0) if rule.then else (x, size)
 
@@ -165,31 +170,32 @@ def turned(x: Tensor, kept: Kept, rule: Rule, scratch: Scratch, *, back: bool) -
     return x.to(exact)
 
 
-def along(x: Tensor, side: int, matrices: Tensor, out: Tensor, *, symmetric: bool = False) -> Tensor:
-    """x times a matrix along one side, into out, which is not x.
+def along(x: Tensor, side: int, matrices: Tensor | Symmetric, out: Tensor) -> Tensor:
+    """x (B, d1 .. dr) times matrices (B, d, d) along one side, into out, which is not x.
 
-    x (B, d1 .. dr), matrices (B, d, d) or, if symmetric, packed. A middle side of three or more takes a copy.
+    A middle side of three or more takes two copies.
     """
-    matrices = matrices if matrices.dtype == x.dtype else matrices.to(x.dtype)
-    last = side == x.ndim - 2
-    n = x.shape[1 + side]
-    if symmetric and n > WHOLE:
-        if side == 0 or last:
-            multiply(matrices, unfold(x, side), unfold(out, side))
-        else:
+    is_last = side == x.ndim - 2
+    if isinstance(matrices, Symmetric):
+        parts = [part.to(x.dtype) for part in matrices.parts()]
+        if len(parts) == 2 and (side == 0 or is_last):
+            Symmetric(*parts).multiply(unfold(x, side), unfold(out, side))
+            return out
+        if len(parts) == 2:
             moved = unfold(x, side)
-            _fold(out, multiply(matrices, moved, torch.empty_like(moved)), side)
-        return out
-    if symmetric:
-        matrices = halves(matrices, n)[0]
-    if x.ndim == 2:
-        torch.bmm(matrices, x[:, :, None], out=out[:, :, None])
-    elif side == 0:
-        torch.bmm(matrices, x.flatten(2), out=out.flatten(2))
-    elif last:
-        torch.bmm(x.flatten(1, -2), matrices.mT, out=out.flatten(1, -2))
+            return _fold(out, Symmetric(*parts).multiply(moved, torch.empty_like(moved)), side)
+        [matrix] = transposed = parts
     else:
-        _fold(out, torch.bmm(matrices, unfold(x, side)), side)
+        matrix = matrices.to(x.dtype)
+        transposed = [matrix.mT] if is_last and side else []
+    if x.ndim == 2:
+        torch.bmm(matrix, x[:, :, None], out=out[:, :, None])
+    elif side == 0:
+        torch.bmm(matrix, x.flatten(2), out=out.flatten(2))
+    elif is_last:
+        torch.bmm(x.flatten(1, -2), transposed[0], out=out.flatten(1, -2))
+    else:
+        _fold(out, torch.bmm(matrix, unfold(x, side)), side)
     return out
 
 
@@ -226,14 +232,13 @@ def balance_rows(stack: Tensor, squares: Tensor, weight: Rate) -> Tensor:
     """
     squares.lerp_(stack.square().mean(dim=-1), over(weight, squares))
     scaled = stack / (squares.sqrt() + 1e-8)[..., None]
-    size = lengths(scaled) / scaled[0].numel() ** 0.5
-    return scaled / size.clamp_min(1e-20)[:, None, None]
+    return scaled / (lengths(scaled) / scaled[0].numel() ** 0.5).clamp_min(1e-20)
 
 
 def _finish(step: Tensor, size: Rate, kept: Kept, rule: Rule, rates: Rates) -> Tensor:
     """Clip, take into the momentum after preconditioning, and multiply by -lr."""
     if rates.clip is not None and rule.direction == "diagonal":
-        pieces = step.mul_(over(size, step)).split(rule.lengths)
+        pieces = step.mul_(size).split(rule.lengths)
         means = torch.stack([piece.square().mean().sqrt() for piece in pieces])
         torch._foreach_mul_(pieces, list((rates.clip / means.clamp_min(1e-30)).clamp_max(1.0).unbind()))
         size = 1.0
@@ -241,11 +246,11 @@ def _finish(step: Tensor, size: Rate, kept: Kept, rule: Rule, rates: Rates) -> T
         means = lengths(step) * size * prod(step.shape[1:]) ** -0.5
         size = size * (rates.clip / means.clamp_min(1e-30)).clamp_max(1.0)
     if "velocity" not in kept:
-        return step.mul_(over(size * -rates.lr, step))
-    step = step.mul_(over(size * rates.keep, step))
-    velocity = kept["velocity"].mul_(over(rates.velocity, step)).add_(step)
-    step = step.add_(velocity * over(rates.velocity, step)) if rule.nesterov else velocity.clone()
-    return step.mul_(over(-rates.lr, step))
+        return step.mul_(size * -rates.lr)
+    step = step.mul_(size * rates.keep)
+    velocity = kept["velocity"].mul_(rates.velocity).add_(step)
+    step = step.add_(velocity * rates.velocity) if rule.nesterov else velocity.clone()
+    return step.mul_(-rates.lr)
 
 
 def _cast(x: Tensor, rule: Rule, scratch: Scratch) -> tuple[Tensor, Scratch]:
@@ -256,10 +261,11 @@ def _cast(x: Tensor, rule: Rule, scratch: Scratch) -> tuple[Tensor, Scratch]:
     return x, Scratch(x, torch.empty_like(x))
 
 
-def _fold(out: Tensor, unfolded: Tensor, side: int) -> None:
+def _fold(out: Tensor, unfolded: Tensor, side: int) -> Tensor:
     """Copy (B, d, rest) into (B, d1 .. dr), the reverse of `unfold`."""
     moved = out.movedim(side + 1, 1)
     moved.copy_(unfolded.view(moved.shape))
+    return out
 
 
 def _wide(mask: Tensor, like: Tensor) -> Tensor:

@@ -57,12 +57,15 @@ class Region:
         return sum(self.dims[side] ** 3 for side in self.sides)
 
     def blocks(self, tensor: Tensor) -> Tensor:
-        """The region of a tensor shaped like the parameter: (*grid, *dims), a view where strides allow one."""
-        tensor = tensor.reshape(self.shape)
-        if self.shape == self.dims:
-            return tensor[None] if self.grid else tensor
+        """The region of a tensor shaped like the parameter: (*grid, *dims), a view where strides allow one.
+
+        A grid along the first dim alone is (count, *dims), and entries stay as they lie.
+        """
         if not self.dims:
-            return tensor
+            return tensor.reshape(self.shape)
+        if self.shape[1:] == self.dims[1:] and self.shape[0] == self.grid[0] * self.dims[0]:
+            return tensor.reshape(self.grid[0], *self.dims)
+        tensor = tensor.reshape(self.shape)
         for dim, (start, count, size) in enumerate(zip(self.start, self.grid, self.dims)):
             if count * size != self.shape[dim]:
                 tensor = tensor.narrow(dim, start, count * size)

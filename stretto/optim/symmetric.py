@@ -1,91 +1,80 @@
-"""Stacks of symmetric matrices, kept as the lower half: three quarters of the products and of the memory.
+"""Stacks of symmetric matrices, large ones kept by halves: three quarters of the products and of the memory.
 
-A matrix of n rows above `WHOLE` is kept as its first n // 2 rows and columns (h, h) and its other rows (n - h, n), one
-after the other in a flat row of the stack; smaller ones as they are, since small products gain nothing by halving.
+A matrix of n rows above `WHOLE` is kept as its first n // 2 rows and columns, (h, h), and its other rows, (n - h, n);
+smaller ones whole, since small products gain nothing by halving.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-Rate = float | Tensor  # one for the stack, or (B,) or (1,)
+Rate = float | Tensor  # one for the whole stack, or (B,) or (1,)
 
 WHOLE = 512
+
+
+class Symmetric(NamedTuple):
+    """A stack (B, n, n): all of it, or top (B, h, h) and rest (B, n - h, n)."""
+
+    top: Tensor
+    rest: Tensor | None = None
+
+    def add_gram(self, x: Tensor, decay: Rate, weight: Rate) -> None:
+        """self <- decay self + weight x xᵀ, in place, x (B, n, m); n² m FLOPs times 2, or 1.5 for halves."""
+        if isinstance(decay, Tensor) or isinstance(weight, Tensor):
+            for part in self.parts():
+                part.mul_(over(decay, part))
+            x = x * over(weight**0.5, x)
+            decay = weight = 1.0
+        if self.rest is None:
+            _add_product(self.top, x, x.mT, decay, weight)
+            return
+        upper, lower = x.split((self.top.shape[1], self.rest.shape[1]), dim=1)
+        _add_product(self.top, upper, upper.mT, decay, weight)
+        _add_product(self.rest, lower, x.mT, decay, weight)
+
+    def multiply(self, x: Tensor, out: Tensor) -> Tensor:
+        """The matrices times x (B, n, m), into out, which is not x; 2 n² m FLOPs."""
+        if self.rest is None:
+            return torch.bmm(self.top, x, out=out)
+        sizes = half, _ = self.top.shape[1], self.rest.shape[1]
+        upper, lower = x.split(sizes, dim=1)
+        out_upper, out_lower = out.split(sizes, dim=1)
+        torch.bmm(self.top, upper, out=out_upper)
+        out_upper.baddbmm_(self.rest[:, :, :half].mT, lower)
+        torch.bmm(self.rest, x, out=out_lower)
+        return out
+
+    def parts(self) -> list[Tensor]:
+        """What is kept."""
+        return [self.top] if self.rest is None else [self.top, self.rest]
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some of the matrices, whole: (K, n, n), a copy."""
+        top = self.top[index].to(dtype)
+        if self.rest is None:
+            return top
+        rest, half = self.rest[index].to(dtype), top.shape[1]
+        return torch.cat([torch.cat([top, rest[:, :, :half].mT], dim=2), rest], dim=1)
+
+
+def halved(matrices: Tensor) -> list[Tensor]:
+    """(B, n, n) -> the parts that are kept of it."""
+    n = matrices.shape[-1]
+    half = n // 2
+    return (
+        [matrices]
+        if n <= WHOLE
+        else [matrices[:, :half, :half].contiguous(), matrices[:, half:].contiguous()]
+    )
 
 
 def over(rate: Rate, like: Tensor) -> Rate:
     """A rate of each matrix, shaped to multiply the stack `like` (B, ...)."""
     return rate.view(-1, *[1] * (like.ndim - 1)) if isinstance(rate, Tensor) else rate
-
-
-def packed(n: int) -> int:
-    """Entries kept of one matrix."""
-    half = n // 2
-    return n * n if n <= WHOLE else half * half + (n - half) * n
-
-
-def halves(stack: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
-    """Views of a packed stack (B, packed(n)): all of it (B, n, n), or top (B, h, h) and bottom (B, n - h, n)."""
-    if n <= WHOLE:
-        return stack.unflatten(1, (n, n)), None
-    half = n // 2
-    return stack[:, : half * half].unflatten(1, (half, half)), stack[:, half * half :].unflatten(
-        1, (n - half, n)
-    )
-
-
-def unpack(stack: Tensor, n: int) -> Tensor:
-    """The matrices (B, n, n); above the diagonal of halved ones is what is below it."""
-    top, bottom = halves(stack, n)
-    if bottom is None:
-        return top
-    full = stack.new_empty(len(stack), n, n)
-    half = n // 2
-    full[:, :half, :half], full[:, half:] = top, bottom
-    full[:, :half, half:] = bottom[:, :, :half].mT
-    return full
-
-
-def pack(matrices: Tensor) -> Tensor:
-    """(B, n, n) -> (B, packed(n)), from the lower half."""
-    n = matrices.shape[-1]
-    if n <= WHOLE:
-        return matrices.flatten(1)
-    half = n // 2
-    return torch.cat([matrices[:, :half, :half].flatten(1), matrices[:, half:].flatten(1)], dim=1)
-
-
-def accumulate(stack: Tensor, x: Tensor, decay: Rate, weight: Rate) -> None:
-    """stack <- decay stack + weight x xᵀ, in place: packed (B, packed(n)) in float32 or better, x (B, n, m).
-
-    n² m FLOPs times 2, or 1.5 for halved ones.
-    """
-    n = x.shape[1]
-    if isinstance(decay, Tensor) or isinstance(weight, Tensor):
-        stack.mul_(over(decay, stack))
-        x = x * over(weight**0.5, x)
-        decay = weight = 1.0
-    top, bottom = halves(stack, n)
-    upper = x if bottom is None else x[:, : n // 2]
-    _add_product(top, upper, upper.mT, decay, weight)
-    if bottom is not None:
-        _add_product(bottom, x[:, n // 2 :], x.mT, decay, weight)
-
-
-def multiply(stack: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """The symmetric matrices times x (B, n, m), into out, which is not x; 2 n² m FLOPs."""
-    n = x.shape[1]
-    top, bottom = halves(stack, n)
-    if bottom is None:
-        return torch.bmm(top, x, out=out)
-    half = n // 2
-    upper, lower = x.split((half, n - half), dim=1)
-    out_upper, out_lower = out.split((half, n - half), dim=1)
-    torch.bmm(top, upper, out=out_upper)
-    out_upper.baddbmm_(bottom[:, :, :half].mT, lower)
-    torch.bmm(bottom, x, out=out_lower)
-    return out
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, decay: float, weight: float) -> None:
