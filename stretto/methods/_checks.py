@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,27 @@ def check_share(method: Any, *names: str) -> None:
         if not 0 <= getattr(method, name) <= 1:
             raise ValueError(
                 f"{type(method).__name__}: {name} is {getattr(method, name)}; it must lie in [0, 1]"
+            )
+
+
+def check_counts(method: Any, *names: str) -> None:
+    """Raise ValueError where a named field is below 1."""
+    for name in names:
+        if getattr(method, name) < 1:
+            raise ValueError(
+                f"{type(method).__name__}: {name} is {getattr(method, name)}; it must be 1 or more"
+            )
+
+
+def check_choices(method: Any, *names: str) -> None:
+    """Raise ValueError where a named field is none of its Literal type."""
+    types = typing.get_type_hints(type(method))
+    for name in names:
+        *others, last = typing.get_args(types[name])
+        if getattr(method, name) not in (*others, last):
+            listed = f"{', '.join(map(str, others))} or {last}"
+            raise ValueError(
+                f"{type(method).__name__}: {name} is {getattr(method, name)!r}; it must be {listed}"
             )
 
 

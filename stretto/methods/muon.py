@@ -12,14 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stretto import optim
-from stretto.core import FactorsMethod, Group, OptimizerMethod, Phase
-from stretto.methods._checks import check_rates, decays
-from stretto.methods._kinds import by_kind
-from stretto.models.roles import parameter_kinds
+from stretto.core import Group
+from stretto.methods._checks import check_choices, check_counts, check_rates
+from stretto.methods._kinds import MatrixOptimizer, by_kind, kinds_with_matrices
 
 
 @dataclass(frozen=True)
-class Muon(OptimizerMethod, FactorsMethod):
+class Muon(MatrixOptimizer):
     """Hidden matrices step by Muon; embeddings, head and vectors by AdamW.
 
     With neuron_beta2 it is NorMuon: the rows of each step are brought to one size over time.
@@ -41,7 +40,6 @@ class Muon(OptimizerMethod, FactorsMethod):
     weight_decay: float = 0.1
     coefficients: Literal["jordan", "polar"] = "jordan"  # of the iterations: one polynomial, or Polar Express
     neuron_beta2: float = 0.0  # of the average square of a row; 0 leaves rows as they are
-    phases = (Phase.UPDATE, Phase.GROUP)
 
     def __post_init__(self) -> None:
         check_rates(
@@ -52,22 +50,12 @@ class Muon(OptimizerMethod, FactorsMethod):
             "weight_decay",
             betas=(self.momentum, self.neuron_beta2, *self.betas),
         )
-        if self.coefficients not in ("jordan", "polar"):
-            raise ValueError(f"Muon: coefficients is {self.coefficients!r}; it must be jordan or polar")
-        if self.iterations < 1:
-            raise ValueError(f"Muon: iterations is {self.iterations}; it must be 1 or more")
-
-    def factors(self, model: nn.Module, name: str, parameter: nn.Parameter) -> dict[str, float]:
-        """No decay on vectors."""
-        return {} if decays(parameter) else {"weight_decay": 0.0}
+        check_choices(self, "coefficients")
+        check_counts(self, "iterations")
 
     def optimizer(self, model: nn.Module, groups: list[Group]) -> Optimizer:
         """One optimizer whose groups step by one rule or the other."""
-        kinds = parameter_kinds(model)
-        if "matrix" not in kinds.values():
-            raise ValueError(
-                f"Muon looks for hidden matrices and found none in {type(model).__name__}; use AdamW"
-            )
+        kinds = kinds_with_matrices(self, model, "use AdamW")
         spectral = {"direction": "spectral", "betas": (self.momentum, self.betas[1]), "lr": self.lr}
         diagonal = {"direction": "diagonal", "lr": self.adam_lr}
         return optim.Shampoo(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import log, prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stretto.optim import directions, roots
 from stretto.optim.directions import Kept, Rates, Rule
 from stretto.optim.layout import Region
+from stretto.optim.refresh import begin, named, power, refresh, remainder
 from stretto.optim.rounding import add_rounded
-from stretto.optim.symmetric import WHOLE, Rate, halved, over
+from stretto.optim.symmetric import Rate, halved
 
 SQUARED = ("adam", "rmsprop", "adagrad")  # grafting rules that keep squares
 BASED = ("eigen", "soap")  # directions that keep bases, not roots
@@ -27,7 +26,7 @@ class Kernels(NamedTuple):
     advance: Callable[[Tensor, Kept, Rule, Rates, Tensor | None], Tensor]
 
 
-def rule_of(regions: list[Region], group: dict[str, Any]) -> Rule:
+def rule_of(regions: list[Region], group: dict[str, Any], device: torch.device) -> Rule:
     """The operations of a bucket's step, from its group's options."""
     direction, graft = regions[0].direction, group["graft"]
     if graft == "auto":
@@ -47,30 +46,14 @@ def rule_of(regions: list[Region], group: dict[str, Any]) -> Rule:
         coefficients=group["coefficients"],
         scale=group["scale"],
         nesterov=group["nesterov"],
-        products=getattr(torch, group["products"]) if group["products"] else None,
+        products=torch.bfloat16 if group["products"] and has_bfloat16(device) else None,
         lengths=tuple(region.count for region in regions) if direction == "diagonal" else (),
     )
 
 
-def remainder(beta: float, count: int | Tensor) -> Rate:
-    """1 - beta^count, the weights of an average that began at zero; in float32 too exact where beta is near 1."""
-    if isinstance(count, Tensor) and beta > 0:
-        return -torch.expm1(count * log(beta))
-    return 1 - beta**count
-
-
-def power(rule: Rule, group: dict[str, Any], position: int, order: int) -> float:
-    """The exponent p of one side's factor: as given, for all orders or for this one, or the usual one."""
-    given = group["power"]
-    if isinstance(given, dict):
-        given = given.get(order)
-    if isinstance(given, tuple | list):
-        given = given[position]
-    if given is not None:
-        return float(given)
-    if rule.direction == "kl" or len(rule.sides) == 1:
-        return 0.5
-    return 0.5 / len(rule.sides)
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster there: a CPU without units for them takes 3 to 500 times as long."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @dataclass
@@ -102,7 +85,7 @@ class Bucket:
 
     def complete(self) -> bool:
         """Make what the group's options ask for and is not there yet; whether there was any."""
-        group, rule = self.group, rule_of(self.regions, self.group)
+        group, rule = self.group, rule_of(self.regions, self.group, self.device)
         self.rule = rule
         missing = not self.kept
         if missing:
@@ -144,12 +127,12 @@ class Bucket:
         """Read which blocks have been refreshed; on a device this waits."""
         self.ready = (self.kept["refreshed"] > 0).tolist()
 
-    def failed(self) -> list[int]:
-        """Refreshes in a row that failed, the most of each member's blocks."""
+    def failed(self) -> Tensor | None:
+        """Of each block, the refreshes in a row that failed; also reads which blocks have been refreshed."""
         if not self.rule.sides:
-            return []
+            return None
         self.look()
-        return [int(part.max()) for part in self.kept["failures"].split(self.counts)]
+        return self.kept["failures"]
 
     def _factors(self) -> Kept:
         group, rule, kept = self.group, self.rule, {}
@@ -157,31 +140,26 @@ class Bucket:
         for position, side in enumerate(rule.sides):
             n = self.dims[side]
             identity = torch.eye(n, dtype=stored, device=self.device).repeat(self.size, 1, 1)
-            for name, part in self._named("factor", position, halved(identity)).items():
+            for name, part in named("factor", position, halved(identity)).items():
                 kept[name] = torch.zeros_like(part)
             if rule.direction in BASED:
                 kept[f"basis{position}"] = identity
                 if rule.direction == "eigen":
                     kept[f"powers{position}"] = self.stack(n).fill_(1.0)
             else:
-                kept |= self._named("root", position, [part.clone() for part in halved(identity)])
-                if self.solver(n) == "qr":
-                    kept[f"basis{position}"] = identity.to(torch.bfloat16)
+                kept |= named("root", position, [part.clone() for part in halved(identity)])
+                if self.solver(position) == "qr":
+                    kept[f"basis{position}"] = identity.clone()
         if rule.sides:
             kept["refreshed"] = torch.zeros(self.size, dtype=torch.int32, device=self.device)
             kept["failures"] = torch.zeros(self.size, dtype=torch.int32, device=self.device)
         return kept
 
-    @staticmethod
-    def _named(name: str, position: int, parts: list[Tensor]) -> dict[str, Tensor]:
-        """The parts of a symmetric matrix under their names."""
-        return {f"{name}{position}" + ("_rest" if i else ""): part for i, part in enumerate(parts)}
+    def solver(self, position: int) -> str:
+        """How the roots or the basis of a side are found.
 
-    def solver(self, n: int) -> str:
-        """How roots or bases of (n, n) factors are found.
-
-        By itself ("auto"): bases, and on the CPU roots of large factors, by orthogonal iteration from the last ones;
-        other roots on the CPU by eigenvalues, elsewhere by Newton's iteration where power and ridge allow it.
+        By itself ("auto"): bases by orthogonal iteration from the last ones; roots on the CPU by eigenvalues,
+        elsewhere by Newton's iteration where power and ridge allow it.
         """
         chosen: str = self.group["root"]
         if chosen != "auto":
@@ -189,8 +167,8 @@ class Bucket:
         if self.rule.direction in BASED:
             return "qr"
         if self.device.type in ("cpu", "meta"):
-            return "qr" if n > WHOLE else "eigh"
-        inverse = 1 / power(self.rule, self.group, 0, len(self.dims))
+            return "eigh"
+        inverse = 1 / power(self.rule, self.group, position, len(self.dims))
         return "newton" if self.group["ridge"] != "pinv" and inverse == round(inverse) else "eigh"
 
     def stack(self, *dims: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -217,7 +195,7 @@ class Bucket:
             gradient.add_(self._gather(list(self.params)), alpha=group["weight_decay"])
         if rule.sides:
             if rule.graft is None and not all(self.ready):
-                self._begin(gradient)
+                begin(self, gradient)
             if (calls - 1) % group["stats_every"] == 0:
                 self._accumulate(gradient, taking, kernels)
             if refreshing:
@@ -273,18 +251,18 @@ class Bucket:
         return values.view(-1, *[1] * len(self.dims))
 
     @staticmethod
-    def _of(spread: Tensor, index: Tensor) -> Tensor:
+    def of(spread: Tensor, index: Tensor) -> Tensor:
         """What `_spread` gave, of some blocks: (K,) or (1,)."""
         return spread.flatten()[index] if len(spread) > 1 else spread.flatten()
 
-    def _number(self, name: str) -> int | Tensor:
+    def number(self, name: str) -> int | Tensor:
         """Steps or updates so far: a number, or of each block."""
         known: int = self.steps if name == "step" else self.updates
         return known if known >= 0 else self._spread(self.kept[name])
 
     def _rates(self, taking: Rate) -> Rates:
         group, rule = self.group, self.rule
-        (beta1, beta2), t, corrected = group["betas"], self._number("step"), group["bias_correction"]
+        (beta1, beta2), t, corrected = group["betas"], self.number("step"), group["bias_correction"]
         usual = beta1**2 if rule.direction == "spectral" else beta1
         beta3 = usual if group["beta3"] is None else group["beta3"]
         graft_beta2 = beta2 if group["graft_beta2"] is None else group["graft_beta2"]
@@ -324,172 +302,10 @@ class Bucket:
         )
         self.kept["updates"].add_(steps.flatten()[first])
 
-    def _begin(self, gradient: Tensor) -> None:
-        """Where nothing was accumulated yet: a multiple of the identity that brings the gradient to a usual size."""
-        rule, group = self.rule, self.group
-        if rule.direction == "soap":
-            return
-        squares = gradient.flatten(1).square().sum(dim=1)
-        fresh = (self.kept["factor0"] == 0).flatten(1).all(dim=1) & (squares > 0)
-        for position, side in enumerate(rule.sides):
-            if rule.direction == "kl":
-                size = (squares / prod(self.dims)) ** (-0.5 / len(rule.sides))
-            else:
-                shared = 1 - 1 / len(rule.sides) if group["trace_scaling"] else 0.0
-                size = (squares ** (1 - shared) / self.dims[side]) ** -power(
-                    rule, group, position, len(self.dims)
-                )
-            if rule.direction == "eigen":
-                self._replace(
-                    fresh, {f"powers{position}": size[:, None].expand_as(self.kept[f"powers{position}"])}
-                )
-                continue
-            parts = halved(torch.eye(self.dims[side], dtype=self.dtype, device=self.device)[None])
-            self._replace(
-                fresh, self._named("root", position, [size[:, None, None] * part for part in parts])
-            )
-            if (
-                rule.direction == "kl"
-            ):  # which has no zero to begin at, as each factor needs the inverse of the others
-                theirs = [size[:, None, None] ** -2 * part for part in parts]
-                self._replace(fresh, self._named("factor", position, theirs))
-
-    def _replace(self, where: Tensor, new: dict[str, Tensor], index: Tensor | None = None) -> None:
-        """Rows of what is kept under these names, of all blocks or of those in index, where a mask says so."""
-        for name, rows in new.items():
-            kept = self.kept[name]
-            old = kept if index is None else kept[index]
-            chosen = torch.where(where.view(-1, *[1] * (old.ndim - 1)), rows.to(old.dtype), old)
-            if index is None:
-                kept.copy_(chosen)
-            else:
-                kept[index] = chosen
-
-    def _weights(self, index: Tensor) -> Rate:
-        """The sum of weights that is in the second moment of these blocks, before this step's square."""
-        steps = self._number("step")
-        count = self._of(steps, index) if isinstance(steps, Tensor) else steps
-        return remainder(self.group["betas"][1], count - 1)
-
-    # -- the refresh
-
     def refresh(self, rows: list[int]) -> None:
-        """New roots or bases of these blocks, from their factors; where that fails, the old ones stay."""
-        if not rows:
-            return
-        group, rule, exact = self.group, self.rule, self.dtype
-        index = torch.tensor(rows, device=self.device)
-        corrected = group["bias_correction"] and group["betas"][1] < 1 and rule.direction != "kl"
-        updates = self._number("updates")
-        count = self._of(updates, index).clamp_min(1.0) if isinstance(updates, Tensor) else updates
-        scale = 1 / remainder(group["betas"][1], count) if corrected else 1.0
-        factors = []
-        for position in range(len(rule.sides)):
-            factor = directions.symmetric(self.kept, "factor", position).rows(index, exact)
-            factors.append(factor * over(scale, factor))
-        traces = factors[0].diagonal(dim1=1, dim2=2).sum(dim=1)
-        if group["trace_scaling"]:
-            for factor in factors:
-                factor.div_(traces.clamp_min(1e-30)[:, None, None] ** (1 - 1 / len(factors)))
-        succeeded = traces > 0
-        refreshed = [
-            self._refresh_side(position, factor, rows, index) for position, factor in enumerate(factors)
-        ]
-        for _, converged in refreshed:
-            succeeded = succeeded & converged
-        if rule.direction == "soap":
-            self._turn(
-                [found[f"basis{position}"] for position, (found, _) in enumerate(refreshed)],
-                [found.pop("values") for found, _ in refreshed],
-                index,
-                succeeded,
-            )
-        for found, _ in refreshed:
-            self._replace(succeeded, found, index)
-        self.kept["refreshed"][index] += succeeded
-        failed = self.kept["failures"]
-        failed[index] = torch.where(succeeded | (traces <= 0), 0, failed[index] + 1).to(failed.dtype)
-        if self.device.type == "cpu":
-            self.look()
-
-    def _refresh_side(
-        self, position: int, factor: Tensor, rows: list[int], index: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """What is new of one side, by name, and which of the rows it succeeded for."""
-        group, rule, n = self.group, self.rule, factor.shape[-1]
-        solver: Any = self.solver(n)
-        exponent = power(rule, group, position, len(self.dims))
-        if solver not in ("eigh", "qr"):
-            root, converged = roots.inverse_root(
-                factor, exponent, solver=solver, ridge=group["ridge"], eps=group["ridge_eps"]
-            )
-            return self._named("root", position, halved(root)), converged
-        values, vectors, converged = self._eigen(position, factor, rows, index)
-        powers = roots.eigenvalue_powers(values, exponent, group["ridge"], group["ridge_eps"])
-        basis = {f"basis{position}": vectors}
-        if rule.direction == "soap":
-            return basis | {"values": values}, converged
-        if rule.direction == "eigen":
-            return basis | {f"powers{position}": powers}, converged
-        root = halved(torch.bmm(vectors * powers[:, None, :], vectors.mT))
-        return self._named("root", position, root) | (
-            basis if f"basis{position}" in self.kept else {}
-        ), converged
-
-    def _eigen(
-        self, position: int, factor: Tensor, rows: list[int], index: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues and vectors: exact at first, later one orthogonal iteration from the last vectors."""
-        if self.solver(factor.shape[-1]) == "eigh" or not all(self.ready[row] for row in rows):
-            return roots.eigh(factor)
-        bases = self.kept[f"basis{position}"][index].to(self.dtype)
-        if not self.group["tolerance"]:
-            return roots.orthogonal_iteration(factor, bases)
-        stale = roots.off_diagonal(factor, bases) > self.group["tolerance"]
-        values, vectors = (factor @ bases).mul_(bases).sum(dim=1), bases.clone()
-        converged = torch.ones_like(stale)
-        if stale.any():
-            values[stale], vectors[stale], converged[stale] = roots.orthogonal_iteration(
-                factor[stale], bases[stale]
-            )
-        return values, vectors, converged
-
-    def _turn(self, bases: list[Tensor], values: list[Tensor], index: Tensor, succeeded: Tensor) -> None:
-        """Take what lives in the old bases of these blocks into the new ones.
-
-        The momentum turns with its basis. Second moments turn as if they were independent, which is exact where
-        columns trade places; at the first refresh, from the identity, they are what the factors say they are: the
-        product of eigenvalues (of a side without a factor, its marginal) over the power of the trace.
-        """
-        kept = {name: self.kept[name][index] for name in ("momentum", "second") if name in self.kept}
-        total = values[0].clamp_min(0).sum(dim=1)
-        first = self.kept["refreshed"][index] == 0
-        estimate = torch.ones_like(kept["second"])
-        for side in range(len(self.dims)):
-            if side in self.rule.sides:
-                marginal = values[self.rule.sides.index(side)].clamp_min(0)
-            else:
-                others = [1 + other for other in range(len(self.dims)) if other != side]
-                marginal = kept["second"].sum(dim=others)
-            share = marginal / marginal.sum(dim=1, keepdim=True).clamp_min(1e-30)
-            estimate *= share.view(
-                len(share), *[-1 if other == side else 1 for other in range(len(self.dims))]
-            )
-        estimate *= over(total * self._weights(index), estimate)
-        for position, (side, basis) in enumerate(zip(self.rule.sides, bases)):
-            old = self.kept[f"basis{position}"][index].to(self.dtype)
-            turn = torch.where(
-                succeeded[:, None, None],
-                basis.mT @ old,
-                torch.eye(old.shape[-1], dtype=old.dtype, device=self.device),
-            )
-            for name, rows in kept.items():
-                matrix = turn.square() if name == "second" else turn
-                kept[name] = directions.along(rows, side, matrix, torch.empty_like(rows))
-        started = (first & succeeded).view(-1, *[1] * len(self.dims))
-        kept["second"] = torch.where(started, estimate, kept["second"])
-        for name, rows in kept.items():
-            self.kept[name][index] = rows
+        """New roots or bases of these blocks."""
+        if rows:
+            refresh(self, rows)
 
     # -- gradients in, weights out
 

@@ -66,14 +66,14 @@ def accumulate(gradient: Tensor, kept: Kept, rule: Rule, decay: Rate, weight: Ra
         if rule.direction == "kl":
             others = [(p, s) for p, s in enumerate(rule.sides) if p != position]
             for p, s in others:
-                x = along(x, s, symmetric(kept, "root", p), torch.empty_like(x))
+                x = along(x, s, symmetric(kept, "root", p), Scratch(torch.empty_like(x)))
             share = weight / prod(gradient.shape[1 + s] for _, s in others)
         factor = symmetric(kept, "factor", position)
         if factor.top.dtype == gradient.dtype:
-            factor.add_gram(unfold(x, side), decay, share)
+            factor.add_gram(*unfolded(x, side), decay, share)
         else:
             exact = Symmetric(*(part.to(gradient.dtype) for part in factor.parts()))
-            exact.add_gram(unfold(x, side), decay, share)
+            exact.add_gram(*unfolded(x, side), decay, share)
             torch._foreach_copy_(factor.parts(), exact.parts())
 
 
@@ -87,7 +87,7 @@ def advance(gradient: Tensor, kept: Kept, rule: Rule, rates: Rates, ready: Tenso
 
     ready (B,) tells which blocks have been refreshed, None that all have: the others step by the grafting rule.
     """
-    scratch = Scratch(gradient, torch.empty_like(gradient))
+    scratch = Scratch(gradient)
     g = gradient
     if "square" in kept:
         track(kept["square"], g, rates.square, scratch.beside(g), summed=rule.summed)
@@ -99,31 +99,37 @@ def advance(gradient: Tensor, kept: Kept, rule: Rule, rates: Rates, ready: Tenso
         momentum = kept["momentum"].lerp_(g, rates.momentum)
         x = momentum if rates.lead == 1 else g.lerp_(momentum, rates.lead)
     if rule.direction == "diagonal":
-        return _finish(*_grafted(x, kept, rule, rates, scratch), kept, rule, rates)
-    length, unready, graft_size = None, None, 1.0
-    if rule.graft is not None:
-        own, size = _grafted(x, kept, rule, rates, scratch)
-        length = lengths(own)
-        unready = own * size if ready is not None else None
-        graft_size = size
-    step, size = _directed(x, kept, rule, rates, scratch)
-    if length is not None:
-        size = length.div_(lengths(step).clamp_min_(1e-30)) * graft_size
+        return _finish(*_grafted(x, kept, rule, rates, scratch), None, kept, rule, rates)
+    if rule.graft is None:
+        return _finish(*_directed(x, kept, rule, rates, scratch), None, kept, rule, rates)
+    own, size = _grafted(x, kept, rule, rates, scratch)
+    ratio = lengths(own)
+    unready = own.clone() if ready is not None else None
+    step, _ = _directed(x, kept, rule, rates, scratch)
+    ratio.div_(lengths(step).clamp_min_(1e-30))
     if ready is not None and unready is not None:
-        step, size = torch.where(_wide(ready, step), step * size, unready), 1.0
-    return _finish(step, size, kept, rule, rates)
+        step, ratio = torch.where(over(ready, step), step * ratio, unready), torch.ones_like(ratio)
+    return _finish(step, size, ratio, kept, rule, rates)
 
 
-@dataclass(frozen=True)
 class Scratch:
-    """Two stacks, all the memory that a step may take beyond what is kept."""
+    """Two stacks, all the memory that a step may take beyond what is kept; the second is made when it is needed."""
 
-    first: Tensor
-    second: Tensor
+    def __init__(self, first: Tensor) -> None:
+        self.first = first
+        self.second: Tensor | None = None
 
     def beside(self, x: Tensor) -> Tensor:
         """The one that does not hold x."""
-        return self.first if x is self.second else self.second
+        if x is self.second:
+            return self.first
+        if self.second is None:
+            self.second = torch.empty_like(self.first)
+        return self.second
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether x may be overwritten."""
+        return x is self.first or x is self.second
 
 
 def _grafted(x: Tensor, kept: Kept, rule: Rule, rates: Rates, scratch: Scratch) -> tuple[Tensor, Rate]:
@@ -139,7 +145,7 @@ def _directed(x: Tensor, kept: Kept, rule: Rule, rates: Rates, scratch: Scratch)
     """The preconditioned step, in scratch, and what it is still to be multiplied by."""
     size: Rate = 1 / rates.correction
     if rule.direction == "spectral":
-        return orthogonal(x, kept, rule, rates), 1.0
+        return orthogonal(x, kept, rule, rates, scratch), 1.0
     if rule.direction == "soap":
         root = rates.second_correction**0.5
         x = divided(x, kept["second"], rates.eps * root, scratch.beside(x))
@@ -155,9 +161,9 @@ def _directed(x: Tensor, kept: Kept, rule: Rule, rates: Rates, scratch: Scratch)
         exact = x.dtype
         x, scratch = _cast(x, rule, scratch)
         for position, side in enumerate(rule.sides):
-            x = along(x, side, symmetric(kept, "root", position), scratch.beside(x))
+            x = along(x, side, symmetric(kept, "root", position), scratch)
         x = x.to(exact)
-    return (orthogonal(x, kept, rule, rates), 1.0) if rule.then else (x, size)
+    return (orthogonal(x, kept, rule, rates, scratch), 1.0) if rule.then else (x, size)
 
 
 def turned(x: Tensor, kept: Kept, rule: Rule, scratch: Scratch, *, back: bool) -> Tensor:
@@ -166,36 +172,30 @@ def turned(x: Tensor, kept: Kept, rule: Rule, scratch: Scratch, *, back: bool) -
     x, scratch = _cast(x, rule, scratch)
     for position, side in enumerate(rule.sides):
         basis = kept[f"basis{position}"]
-        x = along(x, side, basis if back else basis.mT, scratch.beside(x))
+        x = along(x, side, basis if back else basis.mT, scratch)
     return x.to(exact)
 
 
-def along(x: Tensor, side: int, matrices: Tensor | Symmetric, out: Tensor) -> Tensor:
-    """x (B, d1 .. dr) times matrices (B, d, d) along one side, into out, which is not x.
-
-    A middle side of three or more takes two copies.
-    """
+def along(x: Tensor, side: int, matrices: Tensor | Symmetric, scratch: Scratch) -> Tensor:
+    """x (B, d1 .. dr) times matrices (B, d, d) along one side, in scratch."""
+    out = scratch.beside(x)
     is_last = side == x.ndim - 2
-    if isinstance(matrices, Symmetric):
-        parts = [part.to(x.dtype) for part in matrices.parts()]
-        if len(parts) == 2 and (side == 0 or is_last):
-            Symmetric(*parts).multiply(unfold(x, side), unfold(out, side))
-            return out
-        if len(parts) == 2:
-            moved = unfold(x, side)
-            return _fold(out, Symmetric(*parts).multiply(moved, torch.empty_like(moved)), side)
-        [matrix] = transposed = parts
+    halves = [part.to(x.dtype) for part in matrices.parts()] if isinstance(matrices, Symmetric) else []
+    matrix = halves[0] if isinstance(matrices, Symmetric) else matrices.to(x.dtype)
+    if side > 0 and not is_last:  # the side comes first in a copy, and the product goes where x was
+        moved, under = out.view(len(x), x.shape[1 + side], -1), x if scratch.holds(x) else torch.empty_like(x)
+        shape = x.movedim(side + 1, 1).shape
+        moved.view(shape).copy_(x.movedim(side + 1, 1))
+        product = under.view(moved.shape)
+        Symmetric(*halves).multiply(moved, product) if halves else torch.bmm(matrix, moved, out=product)
+        out.movedim(side + 1, 1).copy_(product.view(shape))
+    elif len(halves) == 2:
+        Symmetric(*halves).multiply(unfold(x, side), unfold(out, side))
+    elif x.ndim == 2 or side == 0:
+        torch.bmm(matrix, unfold(x, side), out=unfold(out, side))
     else:
-        matrix = matrices.to(x.dtype)
-        transposed = [matrix.mT] if is_last and side else []
-    if x.ndim == 2:
-        torch.bmm(matrix, x[:, :, None], out=out[:, :, None])
-    elif side == 0:
-        torch.bmm(matrix, x.flatten(2), out=out.flatten(2))
-    elif is_last:
-        torch.bmm(x.flatten(1, -2), transposed[0], out=out.flatten(1, -2))
-    else:
-        _fold(out, torch.bmm(matrix, unfold(x, side)), side)
+        transposed = matrix if halves else matrix.mT
+        torch.bmm(x.flatten(1, -2), transposed, out=out.flatten(1, -2))
     return out
 
 
@@ -210,14 +210,28 @@ def unfold(x: Tensor, side: int) -> Tensor:
     return x.movedim(side + 1, 1).flatten(2)
 
 
-def orthogonal(x: Tensor, kept: Kept, rule: Rule, rates: Rates) -> Tensor:
-    """The orthogonal factor of each block seen as a matrix (d1, rest), sized for its shape."""
-    matrices = x.flatten(2)
-    m, n = matrices.shape[1:]
-    factors = orthogonalize(matrices.to(rule.products or x.dtype), rule.iterations, rule.coefficients).to(
-        x.dtype
+def unfolded(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The unfolding along one side and its transpose."""
+    if side == x.ndim - 2 and side > 0:
+        rows = x.flatten(1, -2)
+        return rows.mT, rows
+    columns = unfold(x, side)
+    return columns, columns.mT
+
+
+def orthogonal(x: Tensor, kept: Kept, rule: Rule, rates: Rates, scratch: Scratch) -> Tensor:
+    """The orthogonal factor of each block seen as a matrix (d1, rest), sized for its shape; x is overwritten."""
+    exact = x.dtype
+    x, scratch = _cast(x, rule, scratch)
+    if not scratch.holds(x):
+        x = scratch.beside(x).copy_(x)
+    spare = scratch.beside(x)
+    factors = orthogonalize(
+        x.flatten(2), rule.iterations, rule.coefficients, spare.view(len(x), x.shape[1], -1)
     )
+    m, n = factors.shape[1:]
     size = {"match_rms": 0.2 * max(m, n) ** 0.5, "original": max(1.0, m / n) ** 0.5, None: 1.0}[rule.scale]
+    factors = factors.to(exact)
     if "neurons" in kept:
         factors = balance_rows(factors, kept["neurons"], rates.neurons)
         size *= min(m, n) ** 0.5 / (m * n) ** 0.5  # the root mean square of an orthogonal factor
@@ -235,8 +249,8 @@ def balance_rows(stack: Tensor, squares: Tensor, weight: Rate) -> Tensor:
     return scaled / (lengths(scaled) / scaled[0].numel() ** 0.5).clamp_min(1e-20)
 
 
-def _finish(step: Tensor, size: Rate, kept: Kept, rule: Rule, rates: Rates) -> Tensor:
-    """Clip, take into the momentum after preconditioning, and multiply by -lr."""
+def _finish(step: Tensor, size: Rate, ratio: Tensor | None, kept: Kept, rule: Rule, rates: Rates) -> Tensor:
+    """Multiply by size and, for each block, by ratio; clip, take into the momentum after preconditioning; by -lr."""
     if rates.clip is not None and rule.direction == "diagonal":
         pieces = step.mul_(size).split(rule.lengths)
         means = torch.stack([piece.square().mean().sqrt() for piece in pieces])
@@ -244,10 +258,13 @@ def _finish(step: Tensor, size: Rate, kept: Kept, rule: Rule, rates: Rates) -> T
         size = 1.0
     elif rates.clip is not None:
         means = lengths(step) * size * prod(step.shape[1:]) ** -0.5
-        size = size * (rates.clip / means.clamp_min(1e-30)).clamp_max(1.0)
+        means = means if ratio is None else means * ratio
+        clipped = (rates.clip / means.clamp_min(1e-30)).clamp_max(1.0)
+        ratio = clipped if ratio is None else ratio * clipped
+    size = size * (-rates.lr if "velocity" not in kept else rates.keep)
+    step.mul_(size if ratio is None else ratio * size)
     if "velocity" not in kept:
-        return step.mul_(size * -rates.lr)
-    step = step.mul_(size * rates.keep)
+        return step
     velocity = kept["velocity"].mul_(rates.velocity).add_(step)
     step = step.add_(velocity * rates.velocity) if rule.nesterov else velocity.clone()
     return step.mul_(-rates.lr)
@@ -258,15 +275,4 @@ def _cast(x: Tensor, rule: Rule, scratch: Scratch) -> tuple[Tensor, Scratch]:
     if rule.products is None or rule.products == x.dtype:
         return x, scratch
     x = x.to(rule.products)
-    return x, Scratch(x, torch.empty_like(x))
-
-
-def _fold(out: Tensor, unfolded: Tensor, side: int) -> Tensor:
-    """Copy (B, d, rest) into (B, d1 .. dr), the reverse of `unfold`."""
-    moved = out.movedim(side + 1, 1)
-    moved.copy_(unfolded.view(moved.shape))
-    return out
-
-
-def _wide(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (like.ndim - 1))
+    return x, Scratch(x)

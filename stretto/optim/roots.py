@@ -52,21 +52,29 @@ MOST = 40  # iterations: enough for condition 1e9 and more
 TRITON = importlib.util.find_spec("triton") is not None
 
 
-def orthogonalize(stack: Tensor, iterations: int = 5, coefficients: str = "jordan") -> Tensor:
+def orthogonalize(
+    stack: Tensor, iterations: int = 5, coefficients: str = "jordan", spare: Tensor | None = None
+) -> Tensor:
     """Push all singular values towards 1 by a quintic iteration.
 
     stack (B, m, n) -> (B, m, n), in the dtype given; 2 * iterations * k² (2 l + k) FLOPs a matrix with
     k = min(m, n) and l = max(m, n). Zero matrices stay zero. coefficients: "jordan" keeps one polynomial, and
-    singular values end around 1 (Jordan et al. 2024, Muon); "polar" changes it, and they converge to 1.
+    singular values end around 1 (Jordan et al. 2024, Muon); "polar" changes it, and they converge to 1. With a
+    spare like the stack both are overwritten, and no other stack is made.
     """
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-20)[:, None, None]
+    sizes = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-20)
+    x = x / sizes if spare is None else x.div_(sizes)
+    other = None if spare is None else (spare.mT if tall else spare)
     polynomials = COEFFICIENTS[coefficients]
     for i in range(iterations):
         a, b, c = polynomials[min(i, len(polynomials) - 1)]
-        square = gram(x)
-        x = torch.baddbmm(x, _quadratic(square, b, c), x, beta=a)
+        product = _quadratic(gram(x), b, c)
+        if other is None:
+            x = torch.baddbmm(x, product, x, beta=a)
+        else:
+            x, other = torch.baddbmm(x, product, x, beta=a, out=other), x
     return x.mT if tall else x
 
 

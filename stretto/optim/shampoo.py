@@ -96,7 +96,8 @@ class Shampoo(Optimizer):
     momentum, nesterov: momentum after preconditioning, beside beta1 before it; beta3 mixes the gradient into the
     latter. clip: the largest root mean square of a block's step. decay: "decoupled", "l2", "corrected" (lr² / peak lr)
     or "independent" of lr.
-    products, storage: "bfloat16" for the dtype of products, and of stored factors and roots. rounding: of weights
+    products, storage: "bfloat16" for the dtype of products (on a CPU, where it has units for them), and of stored
+    factors and roots. rounding: of weights
     in lower precision: "nearest", "stochastic" or "compensated".
     max_skips: a step with a gradient that is not finite changes nothing and counts in `skipped`; so many in a row
     raise ValueError, at most `every` steps late where looking means waiting for a device. The same number of failed
@@ -374,12 +375,14 @@ class Shampoo(Optimizer):
             self._bad = [p for p, is_bad in zip(self._seen, self._bad.tolist()) if is_bad]
             self._stop()
         for bucket in self.buckets:
-            for failures, p in zip(bucket.failed(), bucket.params):
-                if failures >= self.max_skips:
-                    raise ValueError(
-                        f"the factors of {self._name(p)} could not be refreshed {failures} times in a row; raise "
-                        f"ridge_eps ({bucket.group['ridge_eps']}) or choose root='eigh'"
-                    )
+            failures = bucket.failed()
+            if failures is not None and failures.max() >= self.max_skips:
+                owners = [p for p, count in zip(bucket.params, bucket.counts) for _ in range(count)]
+                raise ValueError(
+                    f"the factors of {self._name(owners[int(failures.argmax())])} could not be refreshed "
+                    f"{int(failures.max())} times in a row; raise ridge_eps ({bucket.group['ridge_eps']}) or choose "
+                    "root='eigh'"
+                )
 
     def _stop(self) -> None:
         names = ", ".join(self._name(p) for p in self._bad[:3])

@@ -6,7 +6,7 @@ smaller ones whole, since small products gain nothing by halving.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -22,19 +22,23 @@ class Symmetric(NamedTuple):
     top: Tensor
     rest: Tensor | None = None
 
-    def add_gram(self, x: Tensor, decay: Rate, weight: Rate) -> None:
-        """self <- decay self + weight x xᵀ, in place, x (B, n, m); n² m FLOPs times 2, or 1.5 for halves."""
+    def add_gram(self, x: Tensor, transposed: Tensor, decay: Rate, weight: Rate) -> None:
+        """self <- decay self + weight x xᵀ, in place: x (B, n, m), transposed (B, m, n).
+
+        n² m FLOPs times 2, or 1.5 for halves.
+        """
         if isinstance(decay, Tensor) or isinstance(weight, Tensor):
             for part in self.parts():
                 part.mul_(over(decay, part))
-            x = x * over(weight**0.5, x)
+            x = x * over(weight, x)
             decay = weight = 1.0
         if self.rest is None:
-            _add_product(self.top, x, x.mT, decay, weight)
+            _add_product(self.top, x, transposed, decay, weight)
             return
-        upper, lower = x.split((self.top.shape[1], self.rest.shape[1]), dim=1)
-        _add_product(self.top, upper, upper.mT, decay, weight)
-        _add_product(self.rest, lower, x.mT, decay, weight)
+        half = self.top.shape[1]
+        upper, lower = x.split((half, self.rest.shape[1]), dim=1)
+        _add_product(self.top, upper, transposed[:, :, :half], decay, weight)
+        _add_product(self.rest, lower, transposed, decay, weight)
 
     def multiply(self, x: Tensor, out: Tensor) -> Tensor:
         """The matrices times x (B, n, m), into out, which is not x; 2 n² m FLOPs."""
@@ -52,13 +56,20 @@ class Symmetric(NamedTuple):
         """What is kept."""
         return [self.top] if self.rest is None else [self.top, self.rest]
 
+    def diagonals(self) -> list[tuple[Tensor, int]]:
+        """The parts, each with the offset at which the matrices' diagonal lies in it."""
+        return [(part, offset) for part, offset in zip(self.parts(), (0, self.top.shape[1]))]
+
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Some of the matrices, whole: (K, n, n), a copy."""
-        top = self.top[index].to(dtype)
         if self.rest is None:
-            return top
-        rest, half = self.rest[index].to(dtype), top.shape[1]
-        return torch.cat([torch.cat([top, rest[:, :, :half].mT], dim=2), rest], dim=1)
+            return self.top[index].to(dtype)
+        half, n = self.top.shape[1], self.rest.shape[2]
+        matrices = torch.empty(len(index), n, n, dtype=dtype, device=self.top.device)
+        matrices[:, :half, :half] = self.top[index]
+        matrices[:, half:] = self.rest[index]
+        matrices[:, :half, half:] = matrices[:, half:, :half].mT
+        return matrices
 
 
 def halved(matrices: Tensor) -> list[Tensor]:
@@ -72,6 +83,19 @@ def halved(matrices: Tensor) -> list[Tensor]:
     )
 
 
+def gram_halves(x: Tensor) -> list[Tensor]:
+    """x xᵀ, the parts that are kept of it: (K, n, m) -> (K, n, n) or halves, without the products of the other."""
+    n = x.shape[1]
+    if n <= WHOLE:
+        return [torch.bmm(x, x.mT)]
+    upper, lower = x.split((n // 2, n - n // 2), dim=1)
+    return [torch.bmm(upper, upper.mT), torch.bmm(lower, x.mT)]
+
+
+@overload
+def over(rate: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def over(rate: Rate, like: Tensor) -> Rate: ...
 def over(rate: Rate, like: Tensor) -> Rate:
     """A rate of each matrix, shaped to multiply the stack `like` (B, ...)."""
     return rate.view(-1, *[1] * (like.ndim - 1)) if isinstance(rate, Tensor) else rate

@@ -130,7 +130,6 @@ def test_sums_instead_of_averages(direction: str) -> None:
 def test_sides_kept_as_halves_equal_whole_ones(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large symmetric matrices are kept as their lower half."""
     monkeypatch.setattr("stretto.optim.symmetric.WHOLE", 3)
-    monkeypatch.setattr("stretto.optim.directions.WHOLE", 3)
     shapes = [(4, 5), (7, 3), (4, 5), (2, 5, 4)]
     agree(shapes, 9, direction=direction, ridge_eps=1e-2, start=4, every=2, merge="none")
 
