@@ -37,6 +37,7 @@ from stretto.methods.ghost_batch_norm import GhostBatchNorm
 from stretto.methods.gradient_clipping import GradientClipping
 from stretto.methods.gradient_value_clipping import GradientValueClipping
 from stretto.methods.gyro_dropout import GyroDropout
+from stretto.methods.hyperball import Hyperball
 from stretto.methods.label_smoothing import LabelSmoothing
 from stretto.methods.layer_freezing import LayerFreezing
 from stretto.methods.linear_to_zero import LinearToZero
@@ -63,8 +64,10 @@ from stretto.methods.schedule_free import ScheduleFree
 from stretto.methods.selective_backprop import SelectiveBackprop
 from stretto.methods.sequence_length_warmup import SequenceLengthWarmup
 from stretto.methods.sgd import SGD
+from stretto.methods.shampoo import Shampoo
 from stretto.methods.short_convolution import ShortConvolution
 from stretto.methods.sliding_window import SlidingWindow
+from stretto.methods.soap import SOAP
 from stretto.methods.squared_relu import SquaredReLU
 from stretto.methods.squeeze_excite import SqueezeExcite
 from stretto.methods.stochastic_depth import StochasticDepth
@@ -73,6 +76,7 @@ from stretto.methods.test_time_augmentation import TestTimeAugmentation
 from stretto.methods.token_smearing import TokenSmearing
 from stretto.methods.type_rates import TypeRates
 from stretto.methods.unpadding import Unpadding
+from stretto.methods.update_floor import UpdateFloor
 from stretto.methods.value_embeddings import ValueEmbeddings
 from stretto.methods.warmup_stable_decay import WarmupStableDecay
 from stretto.methods.weight_standardization import WeightStandardization
@@ -101,7 +105,8 @@ CATALOGUE: dict[str, type[Method]] = {
         BinaryCrossEntropy, Dice, ZLoss, SAM, SelectiveBackprop,
         LabelSmoothing,
         # the step
-        AdamW, SGD, Muon, Lion, CautiousWeightDecay, ScheduleFree, PrimalAveraging, EMANesterov, Lookahead,
+        AdamW, SGD, Muon, Shampoo, SOAP, Lion, Hyperball, CautiousWeightDecay, UpdateFloor,
+        ScheduleFree, PrimalAveraging, EMANesterov, Lookahead,
         GradientClipping, GradientValueClipping, AdaptiveGradientClipping,
         # averages and prediction
         FixRes, TestTimeAugmentation,

@@ -80,6 +80,7 @@ class Bucket:
         self.steps = 0  # that they took, where the host knows
         self.updates = 0  # of the factors
         self.kept: Kept = {}
+        self.indices: dict[tuple[int, ...], Tensor] = {}
         self.complete()
         self.ready = [not self.rule.sides] * self.size if self.dims else []
 
@@ -205,6 +206,13 @@ class Bucket:
         step = kernels.advance(gradient, self.kept, rule, rates, ready)
         self._write(step, rates, present)
 
+    def index(self, rows: list[int]) -> Tensor:
+        """These rows as a tensor, copied to the device once."""
+        key = tuple(rows)
+        if key not in self.indices:
+            self.indices[key] = torch.tensor(rows, device=self.device)
+        return self.indices[key]
+
     def due(self, calls: int) -> list[int]:
         """The blocks whose turn it is."""
         start, every = self.group["start"], self.group["every"]
@@ -239,7 +247,7 @@ class Bucket:
         self.together = bool((steps == steps[0]).all() and (updates == updates[0]).all())
         self.steps, self.updates = (int(steps[0]), int(updates[0])) if self.together else (-1, -1)
         if self.rule.sides:
-            self.ready = (self.kept["refreshed"] > 0).tolist()
+            self.look()
 
     def _spread(self, values: Tensor) -> Tensor:
         """A number of each member (members,) for each block: (B, 1 .. 1), or (1, 1 .. 1) where all are equal."""
@@ -256,9 +264,9 @@ class Bucket:
         return spread.flatten()[index] if len(spread) > 1 else spread.flatten()
 
     def number(self, name: str) -> int | Tensor:
-        """Steps or updates so far: a number, or of each block."""
+        """Steps or updates so far, 1 at least: a number, or of each block."""
         known: int = self.steps if name == "step" else self.updates
-        return known if known >= 0 else self._spread(self.kept[name])
+        return max(known, 1) if known >= 0 else self._spread(self.kept[name]).clamp_min(1)
 
     def _rates(self, taking: Rate) -> Rates:
         group, rule = self.group, self.rule
@@ -295,12 +303,8 @@ class Bucket:
             self.kept["updates"].fill_(self.updates)
             self.updates = -1
         steps = taking if isinstance(taking, Tensor) else torch.ones_like(self.kept["updates"][:1])
-        first = (
-            [sum(self.counts[:i]) for i in range(len(self.counts))]
-            if len(steps) > 1
-            else [0] * len(self.counts)
-        )
-        self.kept["updates"].add_(steps.flatten()[first])
+        starts = [sum(self.counts[:i]) if len(steps) > 1 else 0 for i in range(len(self.counts))]
+        self.kept["updates"].add_(steps.flatten()[starts])
 
     def refresh(self, rows: list[int]) -> None:
         """New roots or bases of these blocks."""

@@ -75,7 +75,7 @@ def begin(bucket: Bucket, gradient: Tensor) -> None:
 def refresh(bucket: Bucket, rows: list[int]) -> None:
     """New roots or bases of these blocks, from their factors; where that fails, the old ones stay."""
     rule, kept = bucket.rule, bucket.kept
-    index = torch.tensor(rows, device=bucket.device)
+    index = bucket.index(rows)
     scales = _scales(bucket, index)
     found: Kept = {}
     values = []
@@ -109,7 +109,7 @@ def _scales(bucket: Bucket, index: Tensor) -> list[Rate]:
     scale: Rate = 1.0
     if group["bias_correction"] and group["betas"][1] < 1 and rule.direction != "kl":
         updates = bucket.number("updates")
-        count = bucket.of(updates, index).clamp_min(1.0) if isinstance(updates, Tensor) else max(updates, 1)
+        count = bucket.of(updates, index) if isinstance(updates, Tensor) else updates
         scale = 1 / remainder(group["betas"][1], count)
     if group["trace_scaling"]:
         factor = symmetric(bucket.kept, "factor", 0)

@@ -102,8 +102,8 @@ class Shampoo(Optimizer):
     max_skips: a step with a gradient that is not finite changes nothing and counts in `skipped`; so many in a row
     raise ValueError, at most `every` steps late where looking means waiting for a device. The same number of failed
     refreshes in a row raises too.
-    compile: torch.compile for what a step does with stacks. A CUDA graph of `step` has no refresh: call `refresh`
-    between replays, and give lr as a tensor.
+    compile: torch.compile for what a step does with stacks. For a CUDA graph of `step` lr must be a tensor; see
+    `refresh`.
     Raises ValueError for values out of range, naming them, and for sparse and complex gradients.
     """
 
@@ -212,17 +212,25 @@ class Shampoo(Optimizer):
             group["peak_lr"] = (
                 torch.maximum(lr, torch.as_tensor(peak)) if isinstance(lr, Tensor) else max(lr, peak)
             )
+        capturing = torch.cuda.is_current_stream_capturing()
+        refreshing = self.refreshing and not capturing
         for bucket in self.buckets:
-            bucket.step(bucket.group["calls"], None if keep is True else keep, self.refreshing, self._kernels)
-        self._look()
+            bucket.step(bucket.group["calls"], None if keep is True else keep, refreshing, self._kernels)
+        if not capturing:
+            self._look()
         return loss
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Refresh all blocks now, whosever turn it is."""
+    def refresh(self, *, due: bool = False) -> None:
+        """Refresh all blocks now; with due, those whose turn it is, which `step` does by itself.
+
+        A CUDA graph of `step` has no refresh and counts no steps: call `refresh(due=True)` between replays.
+        """
+        for group in self.param_groups:
+            group["calls"] += due
         for bucket in self.buckets:
             if bucket.rule.sides:
-                bucket.refresh(list(range(bucket.size)))
+                bucket.refresh(bucket.due(bucket.group["calls"]) if due else list(range(bucket.size)))
 
     @property
     def skipped(self) -> int:

@@ -98,6 +98,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "primal_averaging": {"half_life": 0.3},
     "ema_nesterov": {"half_life": 0.3},
     "lookahead": {"every": 2},
+    "shampoo": {"every": 2, "block": 8},
+    "soap": {"every": 2, "block": 8},
+    "update_floor": {"floor": 10.0},  # above Adam's own steps from weights this small
     "swa": {"start": 0.3},
     "type_rates": {"embedding": 3.0, "head": 0.5, "batch_norm_bias": 64.0},
     "label_smoothing": {"smoothing": 0.2},
