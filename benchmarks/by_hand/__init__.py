@@ -23,6 +23,8 @@ NO_COST = {
     "type_rates": "read once, when groups are made; adds groups, each an optimizer call a step",
     "zero_init_residual": "runs once, before the first step",
     "dirac_init": "runs once, before the first step",
+    "shampoo": "timed by optimizer_step.py, beside the bare products of the same blocks",
+    "soap": "timed by optimizer_step.py, beside the bare products of the same blocks",
 }
 
 __all__ = ["CASES", "HOSTS", "NO_COST", "Case", "Entry", "forward_backward", "seeded", "snapshot"]

@@ -219,13 +219,10 @@ def _lion(host: Host) -> Case:
 
 @case("muon", "gpt")
 def _muon(host: Host) -> Case:
-    from stretto.models.roles import parameter_kinds
-
     def by_hand(model: nn.Module) -> Callable[[], Any]:
-        kinds = parameter_kinds(model)
-        named = dict(model.named_parameters())
-        matrices = [p for name, p in named.items() if kinds[name] == "matrix"]
-        others = [p for name, p in named.items() if kinds[name] != "matrix"]
+        matrices = matrices_of(model)
+        known = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in known]
         groups = [
             {"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.1},
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
@@ -257,10 +254,10 @@ def _muon(host: Host) -> Case:
     if hasattr(torch.optim, "Muon"):
 
         def reference(model: nn.Module) -> Callable[[], Any]:
-            kinds = parameter_kinds(model)
-            named = dict(model.named_parameters())
-            muon = torch.optim.Muon([p for name, p in named.items() if kinds[name] == "matrix"], lr=0.02)
-            adamw = torch.optim.AdamW([p for name, p in named.items() if kinds[name] != "matrix"], fused=True)
+            matrices = matrices_of(model)
+            known = {id(p) for p in matrices}
+            muon = torch.optim.Muon(matrices, lr=0.02)
+            adamw = torch.optim.AdamW([p for p in model.parameters() if id(p) not in known], fused=True)
             return lambda: (muon.step(), adamw.step())
 
         more = {"reference": reference, "reference_name": "torch.optim.Muon, in bfloat16"}
@@ -304,6 +301,73 @@ def _cautious_weight_decay(host: Host) -> Case:
     method = methods.CautiousWeightDecay()
     return step_case(
         host, (methods.AdamW(), method), by_hand, lambda model: plain_adamw(model).step, rtol=1e-6
+    )
+
+
+def matrices_of(model: nn.Module) -> list[nn.Parameter]:
+    """Hidden ones."""
+    from stretto.models.roles import parameter_kinds
+
+    kinds = parameter_kinds(model)
+    return [p for name, p in model.named_parameters() if kinds[name] == "matrix"]
+
+
+@case("hyperball", "conv", "gpt")
+def _hyperball(host: Host) -> Case:
+    def by_hand(model: nn.Module) -> Callable[[], Any]:
+        optimizer = plain_adamw(model)
+        matrices = matrices_of(model)
+        radii = [p.detach().norm() for p in matrices]
+        shorter = [2e-3 * radius for radius in radii]
+
+        @torch.no_grad()
+        def step() -> None:
+            before = [p.clone() for p in matrices]
+            optimizer.step()
+            moves = torch._foreach_sub(before, matrices)
+            torch._foreach_mul_(moves, torch._foreach_div(shorter, torch._foreach_norm(moves)))
+            torch._foreach_sub_(before, moves)
+            torch._foreach_mul_(before, torch._foreach_div(radii, torch._foreach_norm(before)))
+            torch._foreach_copy_(matrices, before)
+
+        return step
+
+    return step_case(
+        host,
+        (methods.AdamW(), methods.Hyperball()),
+        by_hand,
+        lambda model: plain_adamw(model).step,
+        rtol=1e-5,
+    )
+
+
+@case("update_floor", "conv", "gpt")
+def _update_floor(host: Host) -> Case:
+    floor = 20.0  # high enough to act beside Adam
+
+    def by_hand(model: nn.Module) -> Callable[[], Any]:
+        optimizer = plain_adamw(model)
+        matrices = matrices_of(model)
+
+        @torch.no_grad()
+        def step() -> None:
+            before = [p.clone() for p in matrices]
+            least = torch.stack(torch._foreach_norm(before)) * (2e-3 * floor)
+            optimizer.step()
+            moves = torch._foreach_sub(matrices, before)
+            longer = (least / torch.stack(torch._foreach_norm(moves))).clamp(min=1.0)
+            torch._foreach_mul_(moves, list(longer.unbind()))
+            torch._foreach_add_(before, moves)
+            torch._foreach_copy_(matrices, before)
+
+        return step
+
+    return step_case(
+        host,
+        (methods.AdamW(), methods.UpdateFloor(floor)),
+        by_hand,
+        lambda model: plain_adamw(model).step,
+        rtol=1e-5,
     )
 
 

@@ -212,7 +212,7 @@ class Shampoo(Optimizer):
             group["peak_lr"] = (
                 torch.maximum(lr, torch.as_tensor(peak)) if isinstance(lr, Tensor) else max(lr, peak)
             )
-        capturing = torch.cuda.is_current_stream_capturing()
+        capturing = stepping[0].is_cuda and torch.cuda.is_current_stream_capturing()
         refreshing = self.refreshing and not capturing
         for bucket in self.buckets:
             bucket.step(bucket.group["calls"], None if keep is True else keep, refreshing, self._kernels)
