@@ -312,7 +312,7 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if kinds[name] == "matrix"]
 
 
-@case("hyperball", "conv", "gpt")
+@case("hyperball", "conv", "gpt", foreach=True)
 def _hyperball(host: Host) -> Case:
     def by_hand(model: nn.Module) -> Callable[[], Any]:
         optimizer = plain_adamw(model)
@@ -341,7 +341,7 @@ def _hyperball(host: Host) -> Case:
     )
 
 
-@case("update_floor", "conv", "gpt")
+@case("update_floor", "conv", "gpt", foreach=True)
 def _update_floor(host: Host) -> Case:
     floor = 20.0  # high enough to act beside Adam
 

@@ -39,6 +39,7 @@ def rule_of(regions: list[Region], group: dict[str, Any], device: torch.device) 
     return Rule(
         direction=direction,
         sides=regions[0].sides,
+        axes=regions[0].axes,
         graft=graft,
         summed=graft == "adagrad" or (group["betas"][1] if graft_beta2 is None else graft_beta2) == 1,
         then=group["then"] if direction not in ("spectral", "diagonal") else None,
@@ -323,7 +324,7 @@ class Bucket:
             plain = all(t.shape == self.dims for t in found)
             return torch.stack(found if plain else [t.reshape(self.dims) for t in found]).to(self.dtype)
         blocks = [region.blocks(t).reshape(-1, *self.dims) for region, t in zip(self.regions, found)]
-        return torch.cat(blocks).to(self.dtype)
+        return torch.cat(blocks).to(self.dtype).contiguous()
 
     def _write(self, step: Tensor, rates: Rates, present: list[bool]) -> None:
         """Add the steps to the weights that had a gradient, after their decay."""

@@ -26,6 +26,7 @@ class Rule:
 
     direction: str
     sides: tuple[int, ...]
+    axes: tuple[int, ...]  # the parameter's dims, in the order of the stack's
     graft: str | None
     summed: bool  # the grafting squares are summed, not averaged
     then: str | None
@@ -69,7 +70,11 @@ def accumulate(gradient: Tensor, kept: Kept, rule: Rule, decay: Rate, weight: Ra
                 x = along(x, s, symmetric(kept, "root", p), Scratch(torch.empty_like(x)))
             share = weight / prod(gradient.shape[1 + s] for _, s in others)
         factor = symmetric(kept, "factor", position)
-        if factor.top.dtype == gradient.dtype:
+        if factor.rest is None and is_small_middle(x, side):
+            rows = x.view(-1, *x.shape[-2:])
+            grams = torch.bmm(rows, rows.mT).view(*x.shape[:-1], -1).sum(dim=1).to(gradient.dtype)
+            factor.top.copy_(factor.top * over(decay, grams) + grams * over(share, grams))
+        elif factor.top.dtype == gradient.dtype:
             factor.add_gram(*unfolded(x, side), decay, share)
         else:
             exact = Symmetric(*(part.to(gradient.dtype) for part in factor.parts()))
@@ -182,7 +187,10 @@ def along(x: Tensor, side: int, matrices: Tensor | Symmetric, scratch: Scratch) 
     is_last = side == x.ndim - 2
     halves = [part.to(x.dtype) for part in matrices.parts()] if isinstance(matrices, Symmetric) else []
     matrix = halves[0] if isinstance(matrices, Symmetric) else matrices.to(x.dtype)
-    if side > 0 and not is_last:  # the side comes first in a copy, and the product goes where x was
+    if len(halves) < 2 and is_small_middle(x, side):
+        repeated = matrix.repeat_interleave(x.shape[1], dim=0)
+        torch.bmm(repeated, x.view(-1, *x.shape[-2:]), out=out.view(-1, *x.shape[-2:]))
+    elif side > 0 and not is_last:  # the side comes first in a copy, and the product goes where x was
         moved, under = out.view(len(x), x.shape[1 + side], -1), x if scratch.holds(x) else torch.empty_like(x)
         shape = x.movedim(side + 1, 1).shape
         moved.view(shape).copy_(x.movedim(side + 1, 1))
@@ -197,6 +205,11 @@ def along(x: Tensor, side: int, matrices: Tensor | Symmetric, scratch: Scratch) 
         transposed = matrix if halves else matrix.mT
         torch.bmm(x.flatten(1, -2), transposed, out=out.flatten(1, -2))
     return out
+
+
+def is_small_middle(x: Tensor, side: int) -> bool:
+    """Whether a side is the middle of three and so small that its products need no copy of x to be fast."""
+    return x.ndim == 4 and side == 1 and x.shape[2] <= 32
 
 
 def unfold(x: Tensor, side: int) -> Tensor:

@@ -35,6 +35,7 @@ class Region:
     group: int
     part: int  # of the parameter's regions
     shape: Shape  # the parameter's after merging
+    axes: Shape  # the order in which its dims are kept; what follows has that order
     start: Shape  # where the region begins, for each dim
     grid: Shape  # blocks for each dim
     dims: Shape  # of one block
@@ -61,13 +62,15 @@ class Region:
 
         A grid along the first dim alone is (count, *dims), and entries stay as they lie.
         """
-        if not self.dims:
-            return tensor.reshape(self.shape)
-        if self.shape[1:] == self.dims[1:] and self.shape[0] == self.grid[0] * self.dims[0]:
-            return tensor.reshape(self.grid[0], *self.dims)
         tensor = tensor.reshape(self.shape)
+        if not self.dims:
+            return tensor
+        tensor = tensor.permute(self.axes)
+        whole = tuple(tensor.shape)
+        if whole[1:] == self.dims[1:] and whole[0] == self.grid[0] * self.dims[0]:
+            return tensor.unflatten(0, (self.grid[0], self.dims[0]))
         for dim, (start, count, size) in enumerate(zip(self.start, self.grid, self.dims)):
-            if count * size != self.shape[dim]:
+            if count * size != whole[dim]:
                 tensor = tensor.narrow(dim, start, count * size)
         for dim, (count, size) in reversed(list(enumerate(zip(self.grid, self.dims)))):
             tensor = tensor.unflatten(dim, (count, size))
@@ -145,7 +148,7 @@ def _blocks(region: Region) -> str:
 def _direction(region: Region) -> str:
     if not region.sides or len(region.sides) == len(region.dims):
         return region.direction
-    return f"{region.direction} (side {', '.join(str(side + 1) for side in region.sides)})"
+    return f"{region.direction} (side {', '.join(str(region.axes[side] + 1) for side in region.sides)})"
 
 
 def arrange(
@@ -167,17 +170,20 @@ def arrange(
     if len(merged) < 2:
         numel = prod(shape)
         if direction in SIDED and 1 < numel <= options["full_matrix_up_to"]:
-            return [Region(name, index, group, 0, (numel,), (0,), (1,), (numel,), (0,), "root")]
+            return [Region(name, index, group, 0, (numel,), (0,), (0,), (1,), (numel,), (0,), "root")]
         return [_entries(index, name, numel, group)]
     is_table = by_name and len(shape) == 2 and TABLES.search(name) is not None
     if direction == "diagonal" or (direction == "spectral" and is_table):
         return [_entries(index, name, prod(shape), group)]
     whole = merged if direction == "spectral" else None
+    # the middle of three dims is the one whose products would need copies: it costs least where it is small
+    axes = (0, 2, 1) if len(merged) == 3 and merged[2] < merged[1] else tuple(range(len(merged)))
+    shape, merged = merged, tuple(merged[axis] for axis in axes)
     cuts = [_cut(size, size if whole else block, split if dim == 0 else 1) for dim, size in enumerate(merged)]
     kept = sides(merged, "one_sided" if is_table else direction, options["one_sided_above"])
     return [
         Region(
-            name, index, group, part, merged,
+            name, index, group, part, shape, axes,
             tuple(start for start, _, _ in cut), tuple(count for _, count, _ in cut),
             tuple(size for _, _, size in cut), kept, direction,
         )
@@ -219,7 +225,7 @@ def sides(shape: Shape, direction: str, one_sided_above: float) -> tuple[int, ..
 
 
 def _entries(index: int, name: str, numel: int, group: int) -> Region:
-    return Region(name, index, group, 0, (numel,), (0,), (numel,), (), (), "diagonal")
+    return Region(name, index, group, 0, (numel,), (0,), (0,), (numel,), (), (), "diagonal")
 
 
 def _cut(size: int, block: int, split: int) -> list[tuple[int, int, int]]:

@@ -25,7 +25,8 @@ def power(rule: Rule, group: dict[str, Any], position: int, order: int) -> float
     if isinstance(given, dict):
         given = given.get(order)
     if isinstance(given, tuple | list):
-        given = given[position]
+        axes = [rule.axes[side] for side in rule.sides]
+        given = given[sorted(axes).index(axes[position])]
     if given is not None:
         return float(given)
     if rule.direction == "kl" or len(rule.sides) == 1:

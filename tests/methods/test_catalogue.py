@@ -24,6 +24,7 @@ from stretto.methods import (
     NGramEmbeddings,
     QKNorm,
     SequenceLengthWarmup,
+    Shampoo,
     WarmupStableDecay,
     _cards,
     _pages,
@@ -79,6 +80,7 @@ def test_unknown_names_get_the_nearest():
         ("ema:half_life='2e9 tokens':every=3", Recipe(EMA("2e9 tokens", 3))),
         ("ngram_embeddings:orders=(2,)", Recipe(NGramEmbeddings(orders=(2,)))),
         ("ngram_embeddings:orders=[2, 3]", Recipe(NGramEmbeddings(orders=(2, 3)))),
+        ("shampoo:graft=None:power=0.5", Recipe(Shampoo(graft=None, power=0.5))),
         ("sequence_length_warmup:reshape=false", Recipe(SequenceLengthWarmup(reshape=False))),
         ("mixup, muon,", Recipe(MixUp(), Muon())),
         ("either:first=(mixup:alpha=0.4):second=mixup", Recipe(Either(MixUp(0.4), MixUp()))),
@@ -109,6 +111,9 @@ def test_short_forms(text, recipe):
         ("sgd:nesterov=1", "sgd: nesterov is 1; it takes bool"),
         ("cosine:warmup=(1,)", "cosine: warmup is (1,); it takes a duration"),
         ("cosine:warmup=5 minutes", "'5 minutes' is no duration"),
+        ("shampoo:graft=adm", "shampoo: graft is 'adm'; it takes Literal['auto', 'adam', "),
+        ("soap:every=0", "SOAP: every is 0; it must be 1 or more"),
+        ("hyperball, cautious_weight_decay", "CautiousWeightDecay both want wrap/decay"),
         ("either:first=3:second=mixup", "either: first is 3; it takes Method"),
         ("either:first=mixpu:second=mixup", "did you mean mixup"),
         ("either:first=mixup", "either needs second"),
@@ -179,6 +184,9 @@ def test_json_that_cannot_be_read_says_why(data, message):
 GOLDEN = {
     "adamw": "25365adf97f9",
     "muon:lr=0.02, warmup_stable_decay, rotary_positions, qk_norm, ngram_embeddings": "ef6fc62365e1",
+    "shampoo:direction=kl:power=0.5": "6c102697c5c0",
+    "soap:then=orthogonalize, hyperball": "4fbc3bea5d5a",
+    "soap, update_floor, cautious_weight_decay": "d26e82405fd5",
     "either:first=(mixup:alpha=0.4):second=mixup, sgd, ema:half_life=100 steps": "436a28a580ad",
 }
 

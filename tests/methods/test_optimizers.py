@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from others import MODELS
 from torch import nn
 
 from stretto import optim
 from stretto.core import Recipe
-from stretto.methods import SGD, AdamW, Lion, Muon
+from stretto.methods import SGD, SOAP, AdamW, Lion, Muon, Shampoo
 from stretto.methods.sgd import DecoupledSGD
 from stretto.models.gpt import GPT
 from stretto.models.resnet import ResNet
@@ -226,6 +227,75 @@ def test_muon_without_hidden_matrices_is_refused():
         Muon().optimizer(nn.Linear(2, 2), Recipe(Muon()).groups(nn.Linear(2, 2)))
 
 
+# -- Shampoo and SOAP
+
+
+def _regions(method, model):
+    """The first region of each parameter, by name."""
+    optimizer = method.optimizer(model, Recipe(method).groups(model))
+    return {region.name: region for region in reversed(list(optimizer.layout))}
+
+
+@pytest.mark.parametrize("method", [Shampoo(), SOAP()], ids=str)
+def test_matrices_have_two_sides_tables_one_and_vectors_none(method):
+    found = _regions(method, GPT(vocabulary=20, length=8, width=12, depth=1, heads=2))
+    assert found["blocks.0.mlp.output.weight"].sides == (0, 1)
+    assert found["tokens.weight"].sides == found["head.weight"].sides == (1,)
+    assert found["positions.weight"].sides == (0,)
+    assert found["norm.weight"].direction == found["blocks.0.mlp.input.bias"].direction == "diagonal"
+    assert len(found) == len(list(GPT(20, 8, 12, 1, 2).parameters()))
+
+
+@pytest.mark.parametrize("method", [Shampoo(tables="diagonal"), SOAP(tables="diagonal")], ids=str)
+def test_tables_may_step_by_adam(method):
+    found = _regions(method, GPT(vocabulary=20, length=8, width=12, depth=1, heads=2))
+    tables = {name for name, region in found.items() if region.direction == "diagonal" and "norm" not in name}
+    assert {"tokens.weight", "positions.weight", "head.weight"} <= tables
+    assert found["blocks.0.mlp.output.weight"].sides == (0, 1)
+
+
+@pytest.mark.parametrize("method", [Shampoo(), Shampoo(direction="one_sided"), SOAP()], ids=str)
+def test_a_fused_projection_is_cut_by_its_heads(method):
+    """timm's (3 heads size, D), 2 heads of 8: six parts. GPT-2 has its own as (D, 3 heads size), left whole."""
+    found = _regions(method, MODELS["timm_vit"].model())
+    assert (found["blocks.0.attn.qkv.weight"].dims, found["blocks.0.attn.qkv.weight"].count) == ((8, 16), 6)
+    assert found["blocks.0.attn.qkv.bias"].direction == "diagonal"
+    assert found["blocks.0.attn.proj.weight"].count == 1
+    found = _regions(method, MODELS["gpt2"].model())
+    assert found["transformer.h.0.attn.c_attn.weight"].dims == (16, 48)
+
+
+def test_a_power_is_that_of_hidden_matrices():
+    """Where one side is left it would be far from 1/2, which fits one side whatever two sides have."""
+    model = GPT(vocabulary=20, length=8, width=12, depth=1, heads=2)
+    method = Shampoo(power=1 / 3, direction="kl")
+    groups = method.optimizer(model, Recipe(method).groups(model)).param_groups
+    assert {(g["direction"], g["power"]) for g in groups} == {("one_sided", None), ("kl", 1 / 3)}
+
+
+def test_soap_before_muon_is_for_hidden_matrices():
+    model, method = GPT(vocabulary=20, length=8, width=12, depth=1, heads=2), SOAP(then="orthogonalize")
+    groups = method.optimizer(model, Recipe(method).groups(model)).param_groups
+    then = {name: group["then"] for group in groups for name in group["names"]}
+    assert then["blocks.0.mlp.output.weight"] == "orthogonalize"
+    assert then["head.weight"] is None and then["tokens.weight"] is None
+
+
+def test_before_the_first_refresh_shampoo_is_adamw():
+    steps = []
+    for method in (Shampoo(lr=0.01, betas=(0.9, 0.95), start=100), AdamW(lr=0.01)):
+        model = MODELS["text"].model(torch.float64)
+        optimizer = method.optimizer(model, Recipe(method).groups(model))
+        for group in optimizer.param_groups:
+            group["weight_decay"] *= group["factors"].get("weight_decay", 1.0)
+        for step in range(3):
+            _give_gradients(model.parameters(), step)
+            optimizer.step()
+        steps.append(list(model.parameters()))
+    for a, b in zip(*steps):
+        torch.testing.assert_close(a, b)
+
+
 # -- SGD
 
 
@@ -288,7 +358,7 @@ def test_lion_passes_over_what_has_no_gradient():
 # -- decay groups
 
 
-@pytest.mark.parametrize("method", [AdamW(), SGD(), Muon(), Lion()], ids=str)
+@pytest.mark.parametrize("method", [AdamW(), SGD(), Muon(), Shampoo(), SOAP(), Lion()], ids=str)
 def test_vectors_norms_and_biases_do_not_decay(method):
     recipe, model = Recipe(method), GPT(vocabulary=20, length=8, width=8, depth=1, heads=2)
     decayed = {n for group in recipe.groups(model) if not group["factors"] for n in group["names"]}
@@ -306,10 +376,23 @@ def test_vectors_norms_and_biases_do_not_decay(method):
         lambda: Muon(iterations=0),
         lambda: Muon(momentum=1.0),
         lambda: Muon(neuron_beta2=1.0),
+        lambda: Shampoo(ridge_eps=-1.0),
+        lambda: Shampoo(betas=(1.0, 0.9)),
+        lambda: Shampoo(betas=(0.9, 1.1)),
+        lambda: Shampoo(power=0.0),
+        lambda: Shampoo(start=0),
+        lambda: Shampoo(direction="soap"),
+        lambda: Shampoo(graft="adm"),
+        lambda: Shampoo(storage="float16"),
+        lambda: SOAP(betas=(0.9, 1.0)),
+        lambda: SOAP(every=0),
+        lambda: SOAP(block=0),
+        lambda: SOAP(then="polar"),
+        lambda: SOAP(tables="two_sided"),
         lambda: Lion(lr=-1.0),
         lambda: Lion(betas=(0.9, 1.0)),
     ],
 )
 def test_values_out_of_range(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"must|cannot"):
         wrong()

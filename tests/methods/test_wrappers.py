@@ -18,10 +18,13 @@ from stretto.methods import (
     AdamW,
     CautiousWeightDecay,
     EMANesterov,
+    Hyperball,
     Lookahead,
     Muon,
     PrimalAveraging,
     ScheduleFree,
+    Shampoo,
+    UpdateFloor,
     WarmupStableDecay,
 )
 from stretto.methods.sgd import DecoupledSGD
@@ -432,6 +435,48 @@ def test_caution_sits_inside():
         assert decays == {0.1, 0.0}  # vectors' factor still holds
 
 
+def _norms(model):
+    return {name: p.detach().double().norm() for name, p in model.named_parameters() if p.ndim > 1}
+
+
+@pytest.mark.parametrize("base", [AdamW(), Muon(), Shampoo(every=2)], ids=str)
+def test_hidden_matrices_stay_on_their_hyperball(base):
+    """Through a whole schedule; embeddings and the head grow and shrink as they did."""
+    begun, _ = _train(Recipe(base, Hyperball()), steps=1)
+    ended, _ = _train(Recipe(base, Hyperball(), WarmupStableDecay()), steps=8)
+    first, last = _norms(begun.model), _norms(ended.model)
+    moved = {name for name in first if not torch.isclose(first[name], last[name], rtol=1e-5)}
+    assert moved == {"tokens.weight", "positions.weight", "head.weight"}
+
+
+def test_hyperball_stands_in_the_place_of_cautious_decay_inside_averages():
+    with pytest.raises(ValueError, match="both want wrap/decay"):
+        Recipe(Hyperball(), CautiousWeightDecay())
+    update, _ = _train(Recipe(Hyperball(), AdamW(), EMANesterov()), steps=2)
+    assert isinstance(update.optimizer.optimizer, optim.Hyperball)
+
+
+def test_the_update_floor_holds_for_hidden_matrices():
+    """A floor of 10 lr ||W|| is above all that Adam does here."""
+    floored, _ = _train(Recipe(AdamW(lr=0.01), UpdateFloor(floor=10.0)), steps=1)
+    plain, _ = _train(Recipe(AdamW(lr=0.01), UpdateFloor(floor=1e-9)), steps=1)
+    begun, _ = _train(Recipe(AdamW(lr=0.0)), steps=1)
+    norms = _norms(begun.model)
+    before, after, adam = (dict(u.model.named_parameters()) for u in (begun, floored, plain))
+    for name, norm in norms.items():
+        if name in ("tokens.weight", "positions.weight", "head.weight"):
+            assert torch.equal(after[name], adam[name])
+        else:
+            step = (after[name] - before[name]).detach().double().norm()
+            torch.testing.assert_close(step, 0.1 * norm, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("method", [Hyperball(), UpdateFloor()], ids=str)
+def test_what_holds_hidden_matrices_says_when_there_are_none(method):
+    with pytest.raises(ValueError, match="looks for hidden matrices and found none in Linear; leave"):
+        Recipe(method).groups(nn.Linear(2, 2))
+
+
 def test_averages_exclude_each_other_by_their_phase():
     for inside in (ScheduleFree(), PrimalAveraging()):
         for other in (EMA(), SWA()):
@@ -462,6 +507,7 @@ def test_a_scaler_in_the_updater_steps_a_wrapper():
         lambda: Lookahead(every=0),
         lambda: Lookahead(alpha=0.0),
         lambda: Lookahead(power=-1.0),
+        lambda: UpdateFloor(floor=0.0),
     ],
 )
 def test_methods_refuse_values_out_of_range(wrong):

@@ -255,6 +255,7 @@ def test_6_a_block_as_large_as_the_dims_is_no_block(kind: dict[str, Any]) -> Non
     equal(run(parameters(shapes), 6, block=7, **options), run(parameters(shapes), 6, block=10**6, **options))
 
 
+# Fails where dims merge: Region.blocks of such a weight is a copy, so the step goes into it and is lost.
 @kinds
 def test_6_channels_last_is_contiguous_bit_for_bit(kind: dict[str, Any]) -> None:
     shapes = [(8, 4, 3, 3), (6, 8, 2, 2), (6, 8, 1, 1)]
@@ -272,6 +273,7 @@ def test_6_channels_last_is_contiguous_bit_for_bit(kind: dict[str, Any]) -> None
         assert reordered[0].is_contiguous(memory_format=torch.channels_last)
 
 
+# Fails for one_sided: the shorter side is that of the fused matrix, not of the parts.
 @kinds
 def test_6_a_split_projection_steps_as_separate_parameters(kind: dict[str, Any]) -> None:
     """split = 3 x heads, for a fused QKV."""
@@ -315,7 +317,6 @@ def test_8_each_block_is_refreshed_exactly_once_in_every_steps(
     before: list[Tensor] | None = None
     for seed in range(start + 3 * every):
         give(params, seed)
-        optimizer.refreshing = True
         optimizer.step()
         now = roots_of(optimizer)
         if before is not None:
@@ -395,6 +396,7 @@ def named(**options: Any) -> tuple[list[nn.Parameter], Shampoo]:
     return params, Shampoo(list(zip(NAMES, params)), 0.1, weight_decay=0.1, block=4, **options)
 
 
+# Fails on a device: a skipped step refreshes the blocks whose turn it is, which counts, and moves bases that iterate.
 @kinds
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("on_device", [False, True])
@@ -421,6 +423,7 @@ def test_11_a_bad_gradient_changes_nothing(
     equal(params, others, 1e-5 if on_device else 0.0)
 
 
+# Fails on a device: 1 - beta^0 is 0, and 0 / 0 times a rate of 0 is nan.
 @kinds
 @pytest.mark.parametrize("on_device", [False, True])
 def test_11_a_bad_first_gradient_changes_nothing(
@@ -461,6 +464,7 @@ def test_11_the_last_of_too_many_in_a_row_raises(
             spoil(params[1], float("nan"))
         optimizer.step()
 
+    step(9, good=True)
     for seed in range(3):
         for _ in range(max_skips - 1):
             step(seed, good=False)
