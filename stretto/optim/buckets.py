@@ -201,7 +201,7 @@ class Bucket:
             if (calls - 1) % group["stats_every"] == 0:
                 self._accumulate(gradient, taking, kernels)
             if refreshing:
-                self.refresh(self.due(calls))
+                self.refresh(self.due(calls), keep)
         ready = None if all(self.ready) else self.kept["refreshed"] > 0
         rates = self._rates(taking)
         step = kernels.advance(gradient, self.kept, rule, rates, ready)
@@ -307,10 +307,10 @@ class Bucket:
         starts = [sum(self.counts[:i]) if len(steps) > 1 else 0 for i in range(len(self.counts))]
         self.kept["updates"].add_(steps.flatten()[starts])
 
-    def refresh(self, rows: list[int]) -> None:
-        """New roots or bases of these blocks."""
+    def refresh(self, rows: list[int], keep: Tensor | None = None) -> None:
+        """New roots or bases of these blocks, unless keep is 0."""
         if rows:
-            refresh(self, rows)
+            refresh(self, rows, keep)
 
     # -- gradients in, weights out
 
@@ -331,10 +331,12 @@ class Bucket:
         shrink = self._decay(rates)
         single = self.dims and self.size == len(self.params)
         pieces = list(step.unbind() if single else step.split(self.counts))
-        weights = list(self.params)
-        for i, (region, p) in enumerate(zip(self.regions, self.params)):
-            if pieces[i].shape != p.shape:
-                weights[i] = region.blocks(p)
+        # blocks of what is not contiguous would be copies: then of a copy, which is written back
+        dense = {i: p.contiguous() for i, p in enumerate(self.params) if not p.is_contiguous()}
+        weights = [dense.get(i, p) for i, p in enumerate(self.params)]
+        for i, region in enumerate(self.regions):
+            if pieces[i].shape != weights[i].shape:
+                weights[i] = region.blocks(weights[i])
                 pieces[i] = pieces[i].view(weights[i].shape)
         taking = [i for i, is_present in enumerate(present) if is_present]
         if self.params[0].dtype == self.dtype:
@@ -342,7 +344,14 @@ class Bucket:
             if isinstance(shrink, Tensor) or shrink != 1:
                 torch._foreach_mul_(chosen, shrink)
             torch._foreach_add_(chosen, [pieces[i] for i in taking])
-            return
+        else:
+            self._write_rounded(weights, pieces, taking, shrink)
+        for i, copy in dense.items():
+            self.params[i].copy_(copy)
+
+    def _write_rounded(
+        self, weights: list[Tensor], pieces: list[Tensor], taking: list[int], shrink: Rate
+    ) -> None:
         rests = self.kept["rest"].split(self.counts) if "rest" in self.kept else [None] * len(weights)
         for i in taking:
             weight, rest = weights[i], rests[i]

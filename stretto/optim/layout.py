@@ -180,14 +180,15 @@ def arrange(
     axes = (0, 2, 1) if len(merged) == 3 and merged[2] < merged[1] else tuple(range(len(merged)))
     shape, merged = merged, tuple(merged[axis] for axis in axes)
     cuts = [_cut(size, size if whole else block, split if dim == 0 else 1) for dim, size in enumerate(merged)]
-    kept = sides(merged, "one_sided" if is_table else direction, options["one_sided_above"])
+    part = (merged[0] // split, *merged[1:])
+    kept = sides(part, "one_sided" if is_table else direction, options["one_sided_above"])
     return [
         Region(
-            name, index, group, part, shape, axes,
+            name, index, group, number, shape, axes,
             tuple(start for start, _, _ in cut), tuple(count for _, count, _ in cut),
             tuple(size for _, _, size in cut), kept, direction,
         )
-        for part, cut in enumerate(itertools.product(*cuts))
+        for number, cut in enumerate(itertools.product(*cuts))
     ]  # fmt: skip
 
 

@@ -73,8 +73,8 @@ def begin(bucket: Bucket, gradient: Tensor) -> None:
             _replace(kept, fresh, named("factor", position, theirs))
 
 
-def refresh(bucket: Bucket, rows: list[int]) -> None:
-    """New roots or bases of these blocks, from their factors; where that fails, the old ones stay."""
+def refresh(bucket: Bucket, rows: list[int], keep: Tensor | None) -> None:
+    """New roots or bases of these blocks, from their factors; where that fails, or keep is 0, the old ones stay."""
     rule, kept = bucket.rule, bucket.kept
     index = bucket.index(rows)
     scales = _scales(bucket, index)
@@ -88,6 +88,8 @@ def refresh(bucket: Bucket, rows: list[int]) -> None:
         values.append(eigenvalues)
         succeeded, empty = succeeded & converged, empty | is_zero
     succeeded = succeeded & ~empty
+    skipped = torch.zeros_like(empty) if keep is None else (keep <= 0).expand_as(empty)
+    succeeded = succeeded & ~skipped
     if rule.direction == "soap":
         _turn(
             bucket,
@@ -98,8 +100,9 @@ def refresh(bucket: Bucket, rows: list[int]) -> None:
         )
     _replace(kept, succeeded, found, index)
     kept["refreshed"][index] += succeeded
-    failures = kept["failures"][index] + 1
-    kept["failures"][index] = torch.where(succeeded | empty, 0, failures).to(failures.dtype)
+    failures = kept["failures"][index]
+    counted = torch.where(succeeded | empty, 0, failures + 1).to(failures.dtype)
+    kept["failures"][index] = torch.where(skipped, failures, counted)
     if bucket.device.type == "cpu":
         bucket.look()
 

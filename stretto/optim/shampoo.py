@@ -431,6 +431,7 @@ class Shampoo(Optimizer):
                 {k: copy.deepcopy(v) for k, v in other.items() if k not in ("params", "param_names", "names")}
             )
         try:
+            self._stagger()
             stored = {p: entries[index] for p, index in zip(params, indices) if index in entries}
             buckets = self._made(set(stored))
             for bucket in buckets:
@@ -449,10 +450,10 @@ class Shampoo(Optimizer):
             for group, before in zip(self.param_groups, kept):
                 group.clear()
                 group.update(before)
+            self._stagger()
             raise
         self.buckets, self._placed = [], set()
         self.state.clear()
-        self._stagger()
         for bucket in buckets:
             bucket.resumed()
             self._adopt(bucket)
@@ -494,7 +495,7 @@ def _check(group: dict[str, Any]) -> None:
     for name in ("momentum", "neuron_beta2"):
         if not 0 <= group[name] < 1:
             raise ValueError(f"{name} is {group[name]}; it must lie in [0, 1)")
-    if group["lr"] < 0:
+    if not group["lr"] >= 0:
         raise ValueError(f"lr is {group['lr']}; it must be 0 or more")
     if group["clip"] is not None and not group["clip"] > 0:
         raise ValueError(f"clip is {group['clip']}; it must be above 0, or None")

@@ -95,7 +95,8 @@ class Wrapper(Optimizer):
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizer": self.optimizer}
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**super().__getstate__(), **own}
 
 
 def like(values: list[Tensor], others: list[Tensor]) -> list[Tensor]:

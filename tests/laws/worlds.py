@@ -146,7 +146,10 @@ WORKS_IN: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 COMPANY: dict[str, tuple[Method, ...]] = {"low_precision_norm": (methods.BFloat16(),)}  # without, it is idle
 ANYWHERE = {"bfloat16"}  # whatever has a parameter will do
-ROUNDING = {"float8": 0.05}  # of losses: tensors share a scale, and so do all that are in a micro-batch
+ROUNDING = {  # of losses
+    "float8": 0.05,  # tensors share a scale, and so do all that are in a micro-batch
+    "soap": 1e-3,  # where factors have no full rank, rounding chooses the basis of what is left
+}
 SHARES_ROWS = {
     "progressive_layer_drop",
     "stochastic_depth",

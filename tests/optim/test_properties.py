@@ -423,7 +423,6 @@ def test_11_a_bad_gradient_changes_nothing(
     equal(params, others, 1e-5 if on_device else 0.0)
 
 
-# Fails on a device: 1 - beta^0 is 0, and 0 / 0 times a rate of 0 is nan.
 @kinds
 @pytest.mark.parametrize("on_device", [False, True])
 def test_11_a_bad_first_gradient_changes_nothing(
@@ -597,8 +596,8 @@ def test_12_weights_in_bfloat16_have_a_state_in_float32(kind: dict[str, Any]) ->
         optimizer.step()
         reference.step()
         equal(low, [q.detach().bfloat16() for q in exact])
-    kept = [value for p in low for name, value in optimizer.state[p].items() if value.is_floating_point()]
-    assert {value.dtype for value in kept} == {torch.float32} or kind["direction"] == "root"
+    kept = [value for p in low for value in optimizer.state[p].values() if value.is_floating_point()]
+    assert {value.dtype for value in kept} == {torch.float32}
 
 
 def test_12_stochastic_rounding_keeps_the_mean() -> None:
@@ -691,21 +690,21 @@ def test_12_a_plain_loop_learns(kind: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script_method:DeprecationWarning"
-)  # of inductor's own imports
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's imports
 @pytest.mark.parametrize("direction", ["root", "soap", "kl", "spectral"])
 def test_13_compiled_steps_equal_eager_ones_and_compile_once(direction: str) -> None:
-    """At 1e-5 over 12 steps; the rate changes, nothing is compiled again after two cycles."""
+    """At 1e-5 over 12 steps; the rate changes, nothing is compiled again after two cycles.
+
+    No dims are merged, so that factors have full rank at the first refresh: SOAP's basis of a null space is arbitrary.
+    """
     every, start = 3, 2
+    options: dict[str, Any] = {"direction": direction, "ridge_eps": 1e-2, "merge": "none"}
     shapes = [(6, 6), (6, 6), (5, 5, 5), (4,)]
     found = []
     for is_compiled in (False, True):
         torch.compiler.reset()
         params = parameters(shapes, torch.float32)
-        optimizer = Shampoo(
-            params, 0.01, direction=direction, every=every, start=start, ridge_eps=1e-2, compile=is_compiled
-        )
+        optimizer = Shampoo(params, 0.01, every=every, start=start, compile=is_compiled, **options)
         for seed in range(12):
             optimizer.param_groups[0]["lr"] = 0.01 / (1 + seed)
             give(params, seed)
