@@ -322,7 +322,8 @@ class Bucket:
         found = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, self.params)]
         if all(region.shape == self.dims for region in self.regions):
             plain = all(t.shape == self.dims for t in found)
-            return torch.stack(found if plain else [t.reshape(self.dims) for t in found]).to(self.dtype)
+            stack = torch.stack(found if plain else [t.reshape(self.dims) for t in found])
+            return stack.to(self.dtype).contiguous()
         blocks = [region.blocks(t).reshape(-1, *self.dims) for region, t in zip(self.regions, found)]
         return torch.cat(blocks).to(self.dtype).contiguous()
 

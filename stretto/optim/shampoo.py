@@ -499,6 +499,15 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"lr is {group['lr']}; it must be 0 or more")
     if group["clip"] is not None and not group["clip"] > 0:
         raise ValueError(f"clip is {group['clip']}; it must be above 0, or None")
+    powers = group["power"].values() if isinstance(group["power"], dict) else [group["power"]]
+    for power in powers:
+        if any(not p > 0 for p in (power if isinstance(power, tuple | list) else [power]) if p is not None):
+            raise ValueError(f"power is {group['power']}; every p must be above 0")
+    for p in group["params"]:
+        if group["rounding"] == "stochastic" and p.dtype == torch.float16:
+            raise ValueError(
+                "rounding is 'stochastic' and a parameter float16; it is for bfloat16: use 'compensated'"
+            )
     direction, graft = group["direction"], group["graft"]
     if group["beta3"] and not beta1:
         raise ValueError(

@@ -328,15 +328,27 @@ def test_11_each_example_has_a_box_of_its_own(name):
 
 TOUCHES = (BatchMethod, GradientsMethod, ConstrainMethod, AverageMethod)
 ROW_NORMS = {"adaptive_gradient_clipping"}  # no foreach call takes the norms of rows
+CUT = {"shampoo", "soap"}  # into blocks: a parameter that is cut is gathered by itself
 STEPPING = (OptimizerMethod, WrapMethod, GradientsMethod, ConstrainMethod, AverageMethod)
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations that are no views, and refuses those that wait for the device."""
+    """Counts operations that are more than a view or a question of dtypes, and refuses those that wait for the device."""
 
     WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero")
 
-    VIEWS = ("view", "detach", "alias", "select", "slice", "unbind", "split", "t", "transpose")
+    VIEWS = (
+        "view",
+        "detach",
+        "alias",
+        "select",
+        "slice",
+        "unbind",
+        "split",
+        "t",
+        "transpose",
+        "promote_types",
+    )
 
     def __init__(self, waits=False):
         super().__init__()
@@ -380,6 +392,8 @@ def test_12_the_number_of_calls_does_not_grow_with_the_number_of_tensors(name):
     counts = []
     for depth in (2, 4):
         recipe = recipe_of(name)
+        if name in CUT:
+            recipe = recipe.replace(methods.find(name), block=1024)
         model = recipe.model(GPT(17, 16, 16, depth, 2))
         plan = Plan(recipe, 24, 4, steps=8)
         update = Updater(recipe, model, WORLDS["text"].loss, plan)

@@ -61,7 +61,6 @@ def test_every_lower_bound_is_said(name: str) -> None:
     ("options", "message"),
     [
         ({"lr": -0.1}, "lr is -0.1; it must be 0 or more"),
-        # Fails: lr < 0 is asked, which nan is not.
         ({"lr": float("nan")}, "lr is nan; it must be 0 or more"),
         ({"betas": (-0.1, 0.9)}, r"beta1 is -0.1; it must lie in \[0, 1\)"),
         ({"betas": (1.0, 0.9)}, r"beta1 is 1.0; it must lie in \[0, 1\)"),

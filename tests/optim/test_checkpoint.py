@@ -93,8 +93,8 @@ def test_3_and_3_steps_through_a_checkpoint_equal_6(
     equal(second, whole)
 
 
-# Fails: load_state_dict makes buckets with the turns of the interval before it, and then gives them no others.
 def test_the_interval_of_a_checkpoint_gives_the_turns() -> None:
+    """Stacks made in loading had the turns of the interval before it."""
     params = parameters()
     optimizer = shampoo(params, every=2)
     step(params, optimizer, range(3))
@@ -203,9 +203,9 @@ def test_inside_a_wrapper_too(wrapper: str, kind: str) -> None:
     equal(part, whole)
 
 
-# Fails for Lookahead: a Wrapper's __getstate__ leaves out its own attributes, here `every`.
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_copy_of_a_wrapper_goes_on_alike(wrapper: str) -> None:
+    """A copy of Lookahead had no `every`."""
     params = parameters()
     optimizer = WRAPPERS[wrapper](shampoo(params))
     step(params, optimizer, range(3))

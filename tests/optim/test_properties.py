@@ -255,9 +255,9 @@ def test_6_a_block_as_large_as_the_dims_is_no_block(kind: dict[str, Any]) -> Non
     equal(run(parameters(shapes), 6, block=7, **options), run(parameters(shapes), 6, block=10**6, **options))
 
 
-# Fails where dims merge: Region.blocks of such a weight is a copy, so the step goes into it and is lost.
 @kinds
 def test_6_channels_last_is_contiguous_bit_for_bit(kind: dict[str, Any]) -> None:
+    """Merged dims of such a weight are a copy: steps written there were lost."""
     shapes = [(8, 4, 3, 3), (6, 8, 2, 2), (6, 8, 1, 1)]
 
     def reorder(params: list[nn.Parameter]) -> None:
@@ -273,10 +273,9 @@ def test_6_channels_last_is_contiguous_bit_for_bit(kind: dict[str, Any]) -> None
         assert reordered[0].is_contiguous(memory_format=torch.channels_last)
 
 
-# Fails for one_sided: the shorter side is that of the fused matrix, not of the parts.
 @kinds
 def test_6_a_split_projection_steps_as_separate_parameters(kind: dict[str, Any]) -> None:
-    """split = 3 x heads, for a fused QKV."""
+    """split = 3 x heads, for a fused QKV; the shorter side is that of a part."""
     heads, size, width = 2, 4, 6
     fused = parameters([(3 * heads * size, width)])
     parts = [nn.Parameter(part.clone()) for part in fused[0].detach().split(size)]
@@ -396,14 +395,13 @@ def named(**options: Any) -> tuple[list[nn.Parameter], Shampoo]:
     return params, Shampoo(list(zip(NAMES, params)), 0.1, weight_decay=0.1, block=4, **options)
 
 
-# Fails on a device: a skipped step refreshes the blocks whose turn it is, which counts, and moves bases that iterate.
 @kinds
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_11_a_bad_gradient_changes_nothing(
     kind: dict[str, Any], bad: float, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, as far as what is kept goes; the good steps are those of a run without it."""
+    """Bit for bit, though a refresh was due; the good steps are those of a run without it."""
     if on_device:
         as_on_a_device(monkeypatch)
     options: dict[str, Any] = {"every": 1, "max_skips": 3, "momentum": 0.5, **kind}
