@@ -246,6 +246,7 @@ class Phase(Enum):
     REDUCE = auto()
     ASCEND = auto()
     UPDATE = auto()
+    LENGTH = auto()
     DECAY = auto()
     WRAP = auto()
     CLIP = auto()
@@ -428,9 +429,9 @@ class OptimizerMethod(Method):
         """An optimizer of these groups; what a group carries beside params and names is kept in it."""
 
 
-@_slot("wrap", (Phase.DECAY, Phase.WRAP))
+@_slot("wrap", (Phase.LENGTH, Phase.DECAY, Phase.WRAP))
 class WrapMethod(Method):
-    """Wraps the optimizer; DECAY sits inside WRAP."""
+    """Wraps the optimizer; LENGTH sits inside DECAY, DECAY inside WRAP."""
 
     @abstractmethod
     def wrap(self, optimizer: Optimizer) -> Optimizer:

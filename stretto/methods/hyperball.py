@@ -27,7 +27,7 @@ class Hyperball(WrapMethod, FactorsMethod):
     Raises ValueError where the model has no hidden matrix.
     """
 
-    phases = (Phase.DECAY, Phase.GROUP)
+    phases = (Phase.LENGTH, Phase.DECAY, Phase.GROUP)
 
     def factors(self, model: nn.Module, name: str, parameter: nn.Parameter) -> dict[str, float]:
         """Not for embeddings and heads."""

@@ -17,7 +17,7 @@ class UpdateFloor(WrapMethod, FactorsMethod):
     """Lengthens steps of hidden matrices to at least lr * floor times the norm of the matrix.
 
     Keeps steps in proportion to weights that have grown, which weight decay does otherwise. Embeddings, heads
-    and vectors step as they did. Decay is a part of the step, that of CautiousWeightDecay too.
+    and vectors step as they did. Sits inside cautious weight decay, which stays apart, and excludes Hyperball.
     Cost: seven passes over the matrices, and two copies of them within the step.
     Evidence: with NorMuon, from 3500 steps to 3250 on the GPT-2 yardstick (modded-nanogpt, pull request 274), and
     part of its record of 2690 steps, there for each row (328).
@@ -27,7 +27,7 @@ class UpdateFloor(WrapMethod, FactorsMethod):
     floor: float = (
         0.35  # least norm of a step at lr 1, as a share of the matrix's; found at a peak lr of 0.0375
     )
-    phases = (Phase.WRAP, Phase.GROUP)
+    phases = (Phase.LENGTH, Phase.GROUP)
 
     def __post_init__(self) -> None:
         if not self.floor > 0:

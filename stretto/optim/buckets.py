@@ -16,6 +16,7 @@ from stretto.optim.rounding import add_rounded
 from stretto.optim.symmetric import Rate, halved
 
 SQUARED = ("adam", "rmsprop", "adagrad")  # grafting rules that keep squares
+ENTRIES = 1 << 21  # of the factors that the CPU refreshes at once
 BASED = ("eigen", "soap")  # directions that keep bases, not roots
 
 
@@ -309,8 +310,13 @@ class Bucket:
 
     def refresh(self, rows: list[int], keep: Tensor | None = None) -> None:
         """New roots or bases of these blocks, unless keep is 0."""
-        if rows:
-            refresh(self, rows, keep)
+        at_once = len(rows)
+        if self.device.type == "cpu" and rows:  # where fresh memory costs more than a short stack
+            at_once = max(
+                torch.get_num_threads(), ENTRIES // max(self.dims[side] ** 2 for side in self.rule.sides)
+            )
+        for first in range(0, len(rows), max(at_once, 1)):
+            refresh(self, rows[first : first + at_once], keep)
 
     # -- gradients in, weights out
 

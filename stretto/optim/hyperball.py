@@ -17,7 +17,7 @@ TINY = 1e-30  # a divisor in place of 0
 
 def norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """The Frobenius norm of each of K tensors on one device: (K,), in float32 or better."""
-    exact = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    exact = reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
     return torch.stack(torch._foreach_norm(tensors, 2, exact))
 
 

@@ -333,7 +333,7 @@ STEPPING = (OptimizerMethod, WrapMethod, GradientsMethod, ConstrainMethod, Avera
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations that are more than a view or a question of dtypes, and refuses those that wait for the device."""
+    """Counts operations, views and questions of dtypes apart, and refuses those that wait for the device."""
 
     WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero")
 

@@ -37,8 +37,9 @@ from stretto.core import (
 EXCLUSIVE = [  # what must not go together, whatever else the catalogue holds
     {"adamw", "sgd", "muon", "shampoo", "soap", "lion"},
     {"cosine", "warmup_stable_decay", "linear_to_zero", "power_cool"},
-    {"schedule_free", "primal_averaging", "ema_nesterov", "lookahead", "update_floor"},
+    {"schedule_free", "primal_averaging", "ema_nesterov", "lookahead"},
     {"cautious_weight_decay", "hyperball"},
+    {"hyperball", "update_floor"},
     {"schedule_free", "primal_averaging", "ema", "swa"},
     {"gradient_clipping", "gradient_value_clipping", "adaptive_gradient_clipping"},
     {"mixup", "cutmix", "either"},
