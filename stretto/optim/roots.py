@@ -60,13 +60,17 @@ def orthogonalize(
     stack (B, m, n) -> (B, m, n), in the dtype given; 2 * iterations * k² (2 l + k) FLOPs a matrix with
     k = min(m, n) and l = max(m, n). Zero matrices stay zero. coefficients: "jordan" keeps one polynomial, and
     singular values end around 1 (Jordan et al. 2024, Muon); "polar" changes it, and they converge to 1. With a
-    spare like the stack both are overwritten, and no other stack is made.
+    spare like the stack, both contiguous, they are overwritten and no other stack is made.
     """
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack
     sizes = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-20)
     x = x / sizes if spare is None else x.div_(sizes)
     other = None if spare is None else (spare.mT if tall else spare)
+    if (
+        other is not None and tall and stack.dtype == torch.bfloat16
+    ):  # whose products into a transpose crawl on a CPU
+        x, other = spare.view(x.shape).copy_(x), stack.view(x.shape)
     polynomials = COEFFICIENTS[coefficients]
     for i in range(iterations):
         a, b, c = polynomials[min(i, len(polynomials) - 1)]

@@ -152,3 +152,26 @@ def test_numbers_as_tensors_give_the_same_steps(
     for p, q in zip(params, plain):
         torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-5)
     assert all(math.isfinite(float(p.detach().sum())) for p in params)
+
+
+@pytest.mark.parametrize("direction", (*SIDED, "spectral"))
+@pytest.mark.parametrize("option", ["products", "storage"])
+def test_bfloat16_products_and_storage_give_about_the_same_steps(
+    direction: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halves too; where a CPU has no units for bfloat16 the products would otherwise stay as they are."""
+    monkeypatch.setattr("stretto.optim.symmetric.WHOLE", 3)
+    monkeypatch.setattr("stretto.optim.buckets.has_bfloat16", lambda device: True)
+    shapes, options = (
+        [(4, 5), (4, 5), (7, 6)],
+        {"direction": direction, "ridge_eps": 0.1, "every": 2, "start": 4},
+    )
+    start, _ = fast(shapes, 0)
+    expected, exact = fast(shapes, 8, **options)
+    found, optimizer = fast(shapes, 8, **{option: "bfloat16"}, **options)
+    for before, p, q in zip(start, found, expected):
+        off = (p - q).norm() / (q - before).norm()
+        assert off < 0.1
+        assert off > 0 or (option == "storage" and direction == "spectral")
+    smaller = optimizer.state_bytes() < exact.state_bytes()
+    assert smaller == (option == "storage" and direction != "spectral")
