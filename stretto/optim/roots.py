@@ -67,9 +67,8 @@ def orthogonalize(
     sizes = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-20)
     x = x / sizes if spare is None else x.div_(sizes)
     other = None if spare is None else (spare.mT if tall else spare)
-    if (
-        other is not None and tall and stack.dtype == torch.bfloat16
-    ):  # whose products into a transpose crawl on a CPU
+    if spare is not None and tall and stack.dtype == torch.bfloat16:
+        # products into a transpose crawl on a CPU
         x, other = spare.view(x.shape).copy_(x), stack.view(x.shape)
     polynomials = COEFFICIENTS[coefficients]
     for i in range(iterations):
