@@ -135,7 +135,8 @@ def _side(
         is_zero = factor.diagonal(dim1=1, dim2=2).sum(dim=1) <= 0
         factor = factor * over(scale, factor)
         root, converged = roots.inverse_root(factor, exponent, solver=solver, ridge=ridge[0], eps=ridge[1])
-        return named("root", position, halved(root)), factor[:, 0], converged, is_zero
+        none = factor.new_empty(0)
+        return named("root", position, halved(root)), none, converged, is_zero
     values, vectors, converged = _eigen(bucket, position, factor, rows, index)
     values = values * over(scale, values)
     is_zero = values.sum(dim=1) <= 0

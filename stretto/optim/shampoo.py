@@ -97,8 +97,7 @@ class Shampoo(Optimizer):
     latter. clip: the largest root mean square of a block's step. decay: "decoupled", "l2", "corrected" (lr² / peak lr)
     or "independent" of lr.
     products, storage: "bfloat16" for the dtype of products (on a CPU, where it has units for them), and of stored
-    factors and roots. rounding: of weights
-    in lower precision: "nearest", "stochastic" or "compensated".
+    factors and roots. rounding: of weights in lower precision: "nearest", "stochastic" or "compensated".
     max_skips: a step with a gradient that is not finite changes nothing and counts in `skipped`; so many in a row
     raise ValueError, at most `every` steps late where looking means waiting for a device. The same number of failed
     refreshes in a row raises too.
