@@ -66,9 +66,8 @@ def begin(bucket: Bucket, gradient: Tensor) -> None:
             continue
         parts = halved(torch.eye(bucket.dims[side], dtype=bucket.dtype, device=bucket.device)[None])
         _replace(kept, fresh, named("root", position, [size[:, None, None] * part for part in parts]))
-        if (
-            rule.direction == "kl"
-        ):  # which has no zero to begin at: each factor needs the inverse of the others
+        if rule.direction == "kl":
+            # which has no zero to begin at: each factor needs the inverse of the others
             theirs = [size[:, None, None] ** -2 * part for part in parts]
             _replace(kept, fresh, named("factor", position, theirs))
 
@@ -77,13 +76,13 @@ def refresh(bucket: Bucket, rows: list[int], keep: Tensor | None) -> None:
     """New roots or bases of these blocks, from their factors; where that fails, or keep is 0, the old ones stay."""
     rule, kept = bucket.rule, bucket.kept
     index = bucket.index(rows)
-    scales = _scales(bucket, index)
+    scale = _scale(bucket, index)
     found: Kept = {}
     values = []
     succeeded = torch.ones(len(rows), dtype=torch.bool, device=bucket.device)
     empty = ~succeeded
     for position in range(len(rule.sides)):
-        new, eigenvalues, converged, is_zero = _side(bucket, position, rows, index, scales)
+        new, eigenvalues, converged, is_zero = _side(bucket, position, rows, index, scale)
         found |= new
         values.append(eigenvalues)
         succeeded, empty = succeeded & converged, empty | is_zero
@@ -107,8 +106,8 @@ def refresh(bucket: Bucket, rows: list[int], keep: Tensor | None) -> None:
         bucket.look()
 
 
-def _scales(bucket: Bucket, index: Tensor) -> list[Rate]:
-    """What the factors of each side are to be multiplied by: one over their bias, and over their share of the trace."""
+def _scale(bucket: Bucket, index: Tensor) -> Rate:
+    """What every side's factors are to be multiplied by: one over their bias, and over their share of the trace."""
     group, rule = bucket.group, bucket.rule
     scale: Rate = 1.0
     if group["bias_correction"] and group["betas"][1] < 1 and rule.direction != "kl":
@@ -120,14 +119,14 @@ def _scales(bucket: Bucket, index: Tensor) -> list[Rate]:
         diagonals = [part[index].diagonal(offset, 1, 2) for part, offset in factor.diagonals()]
         trace = torch.cat(diagonals, dim=1).to(bucket.dtype).sum(dim=1)
         scale = scale * (scale * trace).clamp_min(1e-30) ** (1 / len(rule.sides) - 1)
-    return [scale] * len(rule.sides)
+    return scale
 
 
 def _side(
-    bucket: Bucket, position: int, rows: list[int], index: Tensor, scales: list[Rate]
+    bucket: Bucket, position: int, rows: list[int], index: Tensor, scale: Rate
 ) -> tuple[Kept, Tensor, Tensor, Tensor]:
     """What is new of one side, by name; eigenvalues (K, n) where they are found; converged and zero (K,)."""
-    group, rule, scale = bucket.group, bucket.rule, scales[position]
+    group, rule = bucket.group, bucket.rule
     factor = symmetric(bucket.kept, "factor", position).rows(index, bucket.dtype)
     solver: Any = bucket.solver(position)
     exponent, ridge = power(rule, group, position, len(bucket.dims)), (group["ridge"], group["ridge_eps"])
@@ -196,9 +195,8 @@ def _turn(
             estimate *= share.view(len(share), *[-1 if other == side else 1 for other in range(order)])
         steps = bucket.number("step")
         count = bucket.of(steps, index) if isinstance(steps, Tensor) else steps
-        weights = remainder(
-            bucket.group["betas"][1], count - 1
-        )  # of what is in the second moment, without this step's
+        # of what is in the second moment, without this step's
+        weights = remainder(bucket.group["betas"][1], count - 1)
         estimate *= over(values[0].clamp_min(0).sum(dim=1) * weights, estimate)
     for position, (side, basis) in enumerate(zip(sides, bases)):
         turn = basis.mT @ bucket.kept[f"basis{position}"][index].to(bucket.dtype)

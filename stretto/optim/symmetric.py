@@ -78,12 +78,10 @@ class Symmetric(NamedTuple):
 def halved(matrices: Tensor) -> list[Tensor]:
     """(B, n, n) -> the parts that are kept of it."""
     n = matrices.shape[-1]
+    if n <= WHOLE:
+        return [matrices]
     half = n // 2
-    return (
-        [matrices]
-        if n <= WHOLE
-        else [matrices[:, :half, :half].contiguous(), matrices[:, half:].contiguous()]
-    )
+    return [matrices[:, :half, :half].contiguous(), matrices[:, half:].contiguous()]
 
 
 def gram_halves(x: Tensor) -> list[Tensor]:
