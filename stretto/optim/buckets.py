@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stretto.optim.directions import Kept, Rates, Rule
-from stretto.optim.layout import Region
 from stretto.optim.refresh import begin, named, power, refresh, remainder
-from stretto.optim.rounding import add_rounded
+from stretto.optim.regions import Region
+from stretto.optim.rounding import add_steps
 from stretto.optim.symmetric import Rate, halved
 
 SQUARED = ("adam", "rmsprop", "adagrad")  # grafting rules that keep squares
@@ -27,7 +27,13 @@ class Kernels(NamedTuple):
     advance: Callable[[Tensor, Kept, Rule, Rates, Tensor | None], Tensor]
 
 
-def rule_of(regions: list[Region], group: dict[str, Any], device: torch.device) -> Rule:
+def rule_of(
+    regions: list[Region],
+    group: dict[str, Any],
+    device: torch.device,
+    lengths: list[int],
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Rule:
     """The operations of a bucket's step, from its group's options."""
     direction, graft = regions[0].direction, group["graft"]
     if graft == "auto":
@@ -49,7 +55,9 @@ def rule_of(regions: list[Region], group: dict[str, Any], device: torch.device) 
         scale=group["scale"],
         nesterov=group["nesterov"],
         products=torch.bfloat16 if group["products"] and has_bfloat16(device) else None,
-        lengths=tuple(region.count for region in regions) if direction == "diagonal" else (),
+        lengths=tuple(lengths) if direction == "diagonal" else (),
+        sizes=tuple(region.numel for region in regions) if direction == "diagonal" else (),
+        total=total,
     )
 
 
@@ -72,23 +80,29 @@ class Bucket:
     group: dict[str, Any]
     phases: list[int] = field(default_factory=list)  # when each block is refreshed
     masked: bool = False  # numbers of a step are tensors even on the CPU, as a compiled step wants them
+    counts: list[int] = field(default_factory=list)  # blocks of each region that are kept here; by itself all
+    total: Callable[[Tensor], Tensor] | None = (
+        None  # sums of the diagonal rule, over all ranks that have a part
+    )
 
     def __post_init__(self) -> None:
         self.dims, self.device = self.regions[0].dims, self.params[0].device
         self.dtype = torch.promote_types(self.params[0].dtype, torch.float32)
-        self.counts = [region.count for region in self.regions]
+        self.counts = self.counts or [region.count for region in self.regions]
         self.size = sum(self.counts)
+        self.rests: list[Tensor | None] = [None] * len(self.params)  # of each member, what rounding left off
         self.together = True  # all members have taken the same steps
         self.steps = 0  # that they took, where the host knows
         self.updates = 0  # of the factors
         self.kept: Kept = {}
         self.indices: dict[tuple[int, ...], Tensor] = {}
+        self.members = torch.empty(0)  # of each, whether it takes the present step
         self.complete()
         self.ready = [not self.rule.sides] * self.size if self.dims else []
 
     def complete(self) -> bool:
         """Make what the group's options ask for and is not there yet; whether there was any."""
-        group, rule = self.group, rule_of(self.regions, self.group, self.device)
+        group, rule = self.group, rule_of(self.regions, self.group, self.device, self.counts, self.total)
         self.rule = rule
         missing = not self.kept
         if missing:
@@ -104,12 +118,10 @@ class Bucket:
             "second": rule.direction == "soap",
             "velocity": group["momentum"] > 0,
             "neurons": group["neuron_beta2"] > 0 and (rule.direction == "spectral" or rule.then is not None),
-            "rest": group["rounding"] == "compensated" and self.params[0].dtype != self.dtype,
         }
         for name, is_wanted in wanted.items():
             if is_wanted and name not in self.kept:
-                dtype = self.params[0].dtype if name == "rest" else self.dtype
-                self.kept[name] = self.stack(*shape.get(name, self.dims), dtype=dtype).zero_()
+                self.kept[name] = self.stack(*shape.get(name, self.dims)).zero_()
                 missing = True
         return missing
 
@@ -119,23 +131,23 @@ class Bucket:
         return [
             {
                 f"{name}.{region.part}" if region.part else name: (
-                    stack[i] if name in ("step", "updates") else stack[start : start + region.count]
+                    stack[i] if name in ("step", "updates") else stack[start : start + count]
                 )
                 for name, stack in self.kept.items()
             }
-            for i, (region, start) in enumerate(zip(self.regions, starts))
+            for i, (region, start, count) in enumerate(zip(self.regions, starts, self.counts))
         ]
 
     def look(self) -> None:
         """Read which blocks have been refreshed; on a device this waits."""
         self.ready = (self.kept["refreshed"] > 0).tolist()
 
-    def failed(self) -> Tensor | None:
-        """Of each block, the refreshes in a row that failed; also reads which blocks have been refreshed."""
+    def failed(self) -> list[int]:
+        """Of each member, the refreshes in a row that failed; also reads which blocks have been refreshed."""
         if not self.rule.sides:
-            return None
+            return [0] * len(self.params)
         self.look()
-        return self.kept["failures"]
+        return [max(rows, default=0) for rows in map(Tensor.tolist, self.kept["failures"].split(self.counts))]
 
     def _factors(self) -> Kept:
         group, rule, kept = self.group, self.rule, {}
@@ -189,24 +201,43 @@ class Bucket:
         present = [p.grad is not None for p in self.params]
         if not any(present):
             return
-        taking = self._taking(present, keep)
         gradient = self._gather([p.grad for p in self.params])
+        if self.group["decay"] == "l2" and self.group["weight_decay"]:
+            gradient.add_(self._gather(list(self.params)), alpha=self.group["weight_decay"])
+        step = self.advance(gradient, present, calls, keep, refreshing, kernels)
+        self._write(step, shrink(self.group, keep), present)
+
+    def advance(
+        self,
+        gradient: Tensor,
+        present: list[bool] | Tensor,
+        calls: int,
+        keep: Tensor | None,
+        refreshing: bool,
+        kernels: Kernels,
+    ) -> Tensor:
+        """What is to be added to the weights, (B, *dims), from their gradients (B, *dims), which are overwritten.
+
+        present: which members have a gradient anywhere, known to the host or (members,). Zero where none is.
+        """
+        taking = self._taking(present, keep)
+        accumulating = bool(self.rule.sides) and (calls - 1) % self.group["stats_every"] == 0
+        if accumulating:
+            self._count(taking)
+        if not self.size:
+            return gradient
         if keep is not None:
             gradient = torch.where(keep > 0, gradient, 0.0)
-        group, rule = self.group, self.rule
-        if group["decay"] == "l2" and group["weight_decay"]:
-            gradient.add_(self._gather(list(self.params)), alpha=group["weight_decay"])
+        rule = self.rule
         if rule.sides:
             if rule.graft is None and not all(self.ready):
                 begin(self, gradient)
-            if (calls - 1) % group["stats_every"] == 0:
+            if accumulating:
                 self._accumulate(gradient, taking, kernels)
             if refreshing:
                 self.refresh(self.due(calls), keep)
         ready = None if all(self.ready) else self.kept["refreshed"] > 0
-        rates = self._rates(taking)
-        step = kernels.advance(gradient, self.kept, rule, rates, ready)
-        self._write(step, rates, present)
+        return kernels.advance(gradient, self.kept, rule, self._rates(taking), ready)
 
     def index(self, rows: list[int]) -> Tensor:
         """These rows as a tensor, copied to the device once."""
@@ -222,19 +253,21 @@ class Bucket:
             return []
         return [block for block, phase in enumerate(self.phases) if phase == (calls - start) % every]
 
-    def _taking(self, present: list[bool], keep: Tensor | None) -> Rate:
+    def _taking(self, present: list[bool] | Tensor, keep: Tensor | None) -> Rate:
         """Which members take this step, 1.0 for all or (B,) or (1,); their steps are counted."""
-        if keep is None and all(present) and self.together and not self.masked:
+        known = not isinstance(present, Tensor) and all(present)
+        if keep is None and known and self.together and not self.masked:
             self.steps += 1
             return 1.0
         self.settle()
         mask = torch.ones((), dtype=self.dtype, device=self.device) if keep is None else keep.to(self.dtype)
-        if not all(present):
+        if not known:
             self.together = False
-            mask = mask * torch.tensor(present, dtype=self.dtype, device=self.device)
-        self.kept["step"].add_(mask)
+            mask = mask * torch.as_tensor(present, dtype=self.dtype, device=self.device)
+        self.members = mask.expand(len(self.params))
+        self.kept["step"].add_(self.members)
         self.steps = -1
-        return self._spread(mask.expand(len(self.params)))
+        return self._spread(self.members)
 
     def settle(self) -> None:
         """Write down what the host has counted."""
@@ -298,15 +331,16 @@ class Bucket:
         beta2 = self.group["betas"][1]
         weight = taking if beta2 == 1 else (1 - beta2) * taking
         kernels.accumulate(gradient, self.kept, self.rule, 1.0 if beta2 == 1 else 1 - weight, weight)
+
+    def _count(self, taking: Rate) -> None:
+        """One more update of the factors of the members that take this step."""
         if isinstance(taking, float) and self.updates >= 0:
             self.updates += 1
             return
         if self.updates >= 0:
             self.kept["updates"].fill_(self.updates)
             self.updates = -1
-        steps = taking if isinstance(taking, Tensor) else torch.ones_like(self.kept["updates"][:1])
-        starts = [sum(self.counts[:i]) if len(steps) > 1 else 0 for i in range(len(self.counts))]
-        self.kept["updates"].add_(steps.flatten()[starts])
+        self.kept["updates"].add_(1.0 if isinstance(taking, float) else self.members)
 
     def refresh(self, rows: list[int], keep: Tensor | None = None) -> None:
         """New roots or bases of these blocks, unless keep is 0."""
@@ -333,47 +367,36 @@ class Bucket:
         blocks = [region.blocks(t).reshape(-1, *self.dims) for region, t in zip(self.regions, found)]
         return torch.cat(blocks).to(self.dtype).contiguous()
 
-    def _write(self, step: Tensor, rates: Rates, present: list[bool]) -> None:
+    def _write(self, step: Tensor, kept: Rate, present: list[bool]) -> None:
         """Add the steps to the weights that had a gradient, after their decay."""
-        shrink = self._decay(rates)
         single = self.dims and self.size == len(self.params)
         pieces = list(step.unbind() if single else step.split(self.counts))
         # blocks of what is not contiguous would be copies: then of a copy, which is written back
         dense = {i: p.contiguous() for i, p in enumerate(self.params) if not p.is_contiguous()}
         weights = [dense.get(i, p) for i, p in enumerate(self.params)]
+        rests = list(self.rests)
         for i, region in enumerate(self.regions):
             if pieces[i].shape != weights[i].shape:
                 weights[i] = region.blocks(weights[i])
                 pieces[i] = pieces[i].view(weights[i].shape)
+            rest = rests[i]
+            rests[i] = None if rest is None else region.blocks(rest).view(weights[i].shape)
         taking = [i for i, is_present in enumerate(present) if is_present]
-        if self.params[0].dtype == self.dtype:
-            chosen = [weights[i] for i in taking]
-            if isinstance(shrink, Tensor) or shrink != 1:
-                torch._foreach_mul_(chosen, shrink)
-            torch._foreach_add_(chosen, [pieces[i] for i in taking])
-        else:
-            self._write_rounded(weights, pieces, taking, shrink)
+        add_steps(
+            [weights[i] for i in taking], [pieces[i] for i in taking], kept, self.group["rounding"],
+            [rests[i] for i in taking],
+        )  # fmt: skip
         for i, copy in dense.items():
             self.params[i].copy_(copy)
 
-    def _write_rounded(
-        self, weights: list[Tensor], pieces: list[Tensor], taking: list[int], shrink: Rate
-    ) -> None:
-        rests = self.kept["rest"].split(self.counts) if "rest" in self.kept else [None] * len(weights)
-        for i in taking:
-            weight, rest = weights[i], rests[i]
-            change = pieces[i].float() + (shrink - 1) * weight.float()
-            rest = rest.view(weight.shape) if rest is not None else None
-            add_rounded(weight, change, self.group["rounding"], rest)
 
-    def _decay(self, rates: Rates) -> Rate:
-        """What the weights are multiplied by before the step."""
-        group = self.group
-        decay, how = group["weight_decay"], group["decay"]
-        if not decay or how == "l2":
-            return 1.0
-        keep = rates.keep.max() if isinstance(rates.keep, Tensor) else 1.0
-        if how == "independent":
-            return 1 - decay * keep
-        share = group["lr"] / group["peak_lr"] if how == "corrected" and group["peak_lr"] else 1.0
-        return 1 - group["lr"] * share * decay * keep
+def shrink(group: dict[str, Any], keep: Tensor | None) -> Rate:
+    """What a group's weights are multiplied by before the step."""
+    decay, how = group["weight_decay"], group["decay"]
+    taking: Rate = 1.0 if keep is None else keep
+    if not decay or how == "l2":
+        return 1.0
+    if how == "independent":
+        return 1 - decay * taking
+    share = group["lr"] / group["peak_lr"] if how == "corrected" and group["peak_lr"] else 1.0
+    return 1 - group["lr"] * share * decay * taking

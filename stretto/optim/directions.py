@@ -6,6 +6,7 @@ turns it into a step; both change what is kept in place, know no time and no par
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -35,7 +36,11 @@ class Rule:
     scale: str | None
     nesterov: bool
     products: torch.dtype | None  # of the matrix products; None for that of the stacks
-    lengths: tuple[int, ...]  # of the parameters that lie one after the other, for the diagonal rule
+    lengths: tuple[int, ...]  # of what is here of the parameters, one after the other, for the diagonal rule
+    sizes: tuple[int, ...]  # of the whole parameters
+    total: Callable[[Tensor], Tensor] | None = (
+        None  # of sums, one a parameter, over the ranks that have a part
+    )
 
 
 class Rates(NamedTuple):
@@ -266,7 +271,8 @@ def _finish(step: Tensor, size: Rate, ratio: Tensor | None, kept: Kept, rule: Ru
     """Multiply by size and, for each block, by ratio; clip, take into the momentum after preconditioning; by -lr."""
     if rates.clip is not None and rule.direction == "diagonal":
         pieces = step.mul_(size).split(rule.lengths)
-        means = torch.stack([piece.square().mean().sqrt() for piece in pieces])
+        means = torch.stack([piece.square().sum() / size for piece, size in zip(pieces, rule.sizes)])
+        means = (means if rule.total is None else rule.total(means)).sqrt()
         torch._foreach_mul_(pieces, list((rates.clip / means.clamp_min(1e-30)).clamp_max(1.0).unbind()))
         size = 1.0
     elif rates.clip is not None:

@@ -1,89 +1,105 @@
-"""What lies where: parameters as grids of equal blocks, which sides of a block are preconditioned, and what that costs.
+"""What lies where: the blocks of all parameters, who owns which, what that costs and what has to travel.
 
-Pure data, from shapes and plain values alone.
+Pure data, from shapes and plain values alone: the layout of a thousand ranks is made without any of them.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from stretto.optim.regions import Box, Region, Shape
 
-SIDED = ("root", "eigen", "soap", "kl", "one_sided")  # directions with a factor for each preconditioned side
-DIRECTIONS = (*SIDED, "spectral", "diagonal")
-TABLES = re.compile(
-    r"(^|[._])(emb|embeds?|embeddings?|wte|wpe|lm_head|head)([._]|$)"
-)  # names of embeddings and heads
-Shape = tuple[int, ...]
+Key = tuple[int, int]  # of a region: the parameter's index, and its part
+SPLIT = 1 << 16  # entries from which on replicas share the diagonal rule's work on a parameter
 
 
 @dataclass(frozen=True)
-class Region:
-    """A grid of equal blocks of one parameter; what a cut leaves over is another region.
+class Grid:
+    """Ranks as replicas x shards: those of a row hold one copy between them, those of a column hold the same part."""
 
-    A region of order 0 has every entry for a block of its own, which is what the diagonal rule wants.
+    ranks: tuple[int, ...] = (0,)  # row by row, rising
+    digits: Shape = ()  # sizes of the mesh's dims that cut parameters; a shard's number is read off them
+
+    @property
+    def shards(self) -> int:
+        """Ranks of a row."""
+        return prod(self.digits)
+
+    @property
+    def replicas(self) -> int:
+        """Rows."""
+        return len(self.ranks) // self.shards
+
+
+ALONE = Grid()
+
+
+class Placement(NamedTuple):
+    """How a parameter lies on a grid: by which digit of a shard's number each dim is cut, in the order of cutting.
+
+    A dim is cut into parts of equal size, rounded up, so that the last ones may be shorter or empty.
     """
 
-    name: str
-    index: int  # of the parameter, counted through all groups
-    group: int
-    part: int  # of the parameter's regions
-    shape: Shape  # the parameter's after merging
-    axes: Shape  # the order in which its dims are kept; what follows has that order
-    start: Shape  # where the region begins, for each dim
-    grid: Shape  # blocks for each dim
-    dims: Shape  # of one block
-    sides: tuple[int, ...]  # the dims that have a factor
-    direction: str
+    grid: Grid = ALONE
+    cuts: tuple[tuple[int, int], ...] = ()  # (dim, digit)
 
-    @property
-    def count(self) -> int:
-        """Blocks."""
-        return prod(self.grid)
+    def box(self, shape: Shape, shard: int) -> Box:
+        """Which part of a parameter of this shape a shard is."""
+        numbers: list[int] = []
+        for size in reversed(self.grid.digits):
+            shard, number = divmod(shard, size)
+            numbers.insert(0, number)
+        starts, sizes = [0] * len(shape), list(shape)
+        for dim, digit in self.cuts:
+            part = -(-sizes[dim] // self.grid.digits[digit])
+            start = min(part * numbers[digit], sizes[dim])
+            starts[dim], sizes[dim] = starts[dim] + start, min(part, sizes[dim] - start)
+        return tuple(starts), tuple(sizes)
 
-    @property
-    def numel(self) -> int:
-        """Entries of all blocks."""
-        return self.count * prod(self.dims)
 
-    @property
-    def cost(self) -> int:
-        """Of the refresh of one block: the sum of n³ over its sides."""
-        return sum(self.dims[side] ** 3 for side in self.sides)
+class Held(NamedTuple):
+    """Which part of a whole a rank keeps: rows start : start + count lie at offsets, for each of the parts."""
 
-    def blocks(self, tensor: Tensor) -> Tensor:
-        """The region of a tensor shaped like the parameter: (*grid, *dims), a view where strides allow one.
-
-        A grid along the first dim alone is (count, *dims), and entries stay as they lie.
-        """
-        tensor = tensor.reshape(self.shape)
-        if not self.dims:
-            return tensor
-        tensor = tensor.permute(self.axes)
-        whole = tuple(tensor.shape)
-        if whole[1:] == self.dims[1:] and whole[0] == self.grid[0] * self.dims[0]:
-            return tensor.unflatten(0, (self.grid[0], self.dims[0]))
-        for dim, (start, count, size) in enumerate(zip(self.start, self.grid, self.dims)):
-            if count * size != whole[dim]:
-                tensor = tensor.narrow(dim, start, count * size)
-        for dim, (count, size) in reversed(list(enumerate(zip(self.grid, self.dims)))):
-            tensor = tensor.unflatten(dim, (count, size))
-        order = len(self.dims)
-        return tensor.permute(*range(0, 2 * order, 2), *range(1, 2 * order, 2))
+    whole: Shape
+    local: Shape
+    parts: list[tuple[Shape, int, int]]  # (offsets, start, count)
 
 
 class Layout(Sequence[Region]):
-    """All regions of an optimizer; printed, one line for each parameter."""
+    """All regions of an optimizer, where parameters lie, and who owns which block; printed, a line a parameter.
 
-    def __init__(self, regions: list[Region], kept: dict[int, int] | None = None) -> None:
-        self.regions = regions
-        self.kept = kept or {}  # bytes of state of each parameter, by index
+    shapes, placements: of parameters by index; a parameter that is not named lies on the one rank there is.
+    turns: of blocks, so that those of one step are spread over ranks. kept: bytes of state of each region.
+    """
+
+    def __init__(
+        self,
+        regions: list[Region],
+        shapes: dict[int, Shape] | None = None,
+        placements: dict[int, Placement] | None = None,
+        *,
+        every: Sequence[int] = (1,),
+        turns: dict[Key, list[int]] | None = None,
+        kept: dict[Key, int] | None = None,
+    ) -> None:
+        self.regions, self.shapes = regions, shapes or {}
+        self.placements, self.kept, self.every = placements or {}, kept or {}, every
+        self._boxes: dict[tuple[Shape, tuple[tuple[int, int], ...], Grid], list[Box]] = {}
+        self.owners: dict[
+            Key, list[int]
+        ] = {}  # of blocks, by their number on the grid: row * shards + column
+        families: dict[Grid, list[Region]] = defaultdict(list)
+        for region in regions:
+            if region.dims:
+                families[self.placement(region).grid].append(region)
+        for grid, members in families.items():
+            self.owners |= self._assign(grid, members, turns or {})
 
     def __getitem__(self, index: Any) -> Any:
         return self.regions[index]
@@ -93,6 +109,108 @@ class Layout(Sequence[Region]):
 
     def __iter__(self) -> Iterator[Region]:
         return iter(self.regions)
+
+    def placement(self, region: Region) -> Placement:
+        """Where the parameter of a region lies."""
+        return self.placements.get(region.index, Placement())
+
+    def work(self, region: Region) -> float:
+        """Operations of one of its blocks in a step."""
+        return region.work(self.every[region.group] if region.group < len(self.every) else self.every[0])
+
+    def _assign(self, grid: Grid, regions: list[Region], turns: dict[Key, list[int]]) -> dict[Key, list[int]]:
+        """Owners by longest processing time: the costliest block goes to the rank that has least so far.
+
+        Blocks of one cost go round by their turns, so that those which are refreshed at one step are spread.
+        """
+        owners = {(r.index, r.part): [0] * r.count for r in regions}
+        count = len(grid.ranks)
+        if count == 1:
+            return owners
+        blocks = sorted(
+            (-self.work(r), turns.get((r.index, r.part), [0] * r.count)[b], r.index, r.part, b)
+            for r in regions
+            for b in range(r.count)
+        )
+        loads = [(0.0, rank) for rank in range(count)]
+        for cost, _, index, part, block in blocks:
+            load, rank = heapq.heappop(loads)
+            owners[index, part][block] = rank
+            heapq.heappush(loads, (load - cost, rank))
+        return owners
+
+    def box(self, region: Region, shard: int) -> Box | None:
+        """A shard of the region's parameter, in its merged dims and kept order; None where it is empty."""
+        shape, placement = self.shapes.get(region.index, region.shape), self.placement(region)
+        key = (shape, placement.cuts, placement.grid)
+        if key not in self._boxes:
+            self._boxes[key] = [placement.box(shape, shard) for shard in range(placement.grid.shards)]
+        return region.within(shape, self._boxes[key][shard])
+
+    def owned(self, region: Region, number: int) -> list[int]:
+        """The blocks of a region that a rank of its grid owns, by its number there."""
+        return [
+            block for block, owner in enumerate(self.owners[region.index, region.part]) if owner == number
+        ]
+
+    def loads(self) -> dict[int, float]:
+        """Operations of each rank in a step, by global rank, those of the diagonal rule left out."""
+        loads: dict[int, float] = defaultdict(float)
+        for region in self:
+            if region.dims:
+                ranks, cost = self.placement(region).grid.ranks, self.work(region)
+                for owner in self.owners[region.index, region.part]:
+                    loads[ranks[owner]] += cost
+        return dict(loads)
+
+    def state_bytes(self) -> dict[int, int]:
+        """Bytes of state of each rank, by global rank, where `kept` is known; counters are counted as if divided."""
+        held: dict[int, int] = defaultdict(int)
+        for region in self:
+            grid, whole = self.placement(region).grid, self.kept.get((region.index, region.part), 0)
+            if region.dims:
+                for owner in self.owners[region.index, region.part]:
+                    held[grid.ranks[owner]] += whole // region.count
+                continue
+            for number, rank in enumerate(grid.ranks):
+                held[rank] += whole * self.entries(region, number)[1] // region.numel
+        return dict(held)
+
+    def entries(self, region: Region, number: int) -> tuple[int, int]:
+        """Of a region of order 0: where a rank's entries begin in its flattened shard, and how many there are.
+
+        Replicas share those of large parameters, by rows of the shard.
+        """
+        placement, shape = self.placement(region), self.shapes.get(region.index, region.shape)
+        row, shard = divmod(number, placement.grid.shards)
+        sizes = placement.box(shape, shard)[1]
+        if not self.shared(region) or not sizes or 0 in sizes:
+            return 0, prod(sizes)
+        part = -(-sizes[0] // placement.grid.replicas)
+        start = min(part * row, sizes[0])
+        return start * prod(sizes[1:]), min(part, sizes[0] - start) * prod(sizes[1:])
+
+    def held(self, index: int, part: int, by_place: bool, rest: Shape, number: int) -> Held:
+        """Which part a rank of a parameter's grid keeps: rows of a stack, or, by_place, of what is shaped as weights.
+
+        rest: the dims of the whole after the first.
+        """
+        region = next(r for r in self if (r.index, r.part) == (index, part))
+        placement, shape = self.placement(region), self.shapes.get(index, region.shape)
+        starts, sizes = placement.box(shape, number % placement.grid.shards)
+        if by_place:
+            return Held(shape, sizes, [(starts, 0, sizes[0])] if shape and 0 not in sizes else [])
+        if not region.dims:
+            start, count = self.entries(region, number)
+            return Held((region.numel,), (count,), runs(shape, (starts, sizes), start, count))
+        owned = self.owned(region, number)
+        zeros = (0,) * len(rest)
+        parts = [((block, *zeros), row, 1) for row, block in enumerate(owned)]
+        return Held((region.count, *rest), (len(owned), *rest), parts)
+
+    def shared(self, region: Region) -> bool:
+        """Whether replicas share the entries of a region of order 0."""
+        return self.placement(region).grid.replicas > 1 and region.shape[0] >= SPLIT
 
     def phases(self, every: int, groups: set[int]) -> dict[tuple[int, int], list[int]]:
         """At which of `every` steps each block is refreshed, so that all steps cost about the same.
@@ -120,22 +238,54 @@ class Layout(Sequence[Region]):
         return phases
 
     def __str__(self) -> str:
-        lines = [("parameter", "shape", "blocks", "direction", "state bytes", "refresh n³")]
+        lines = [("parameter", "shape", "blocks", "direction", "state bytes", "refresh n³", "owners")]
         total, numel = [0, 0], 0
-        for index, group in itertools.groupby(self.regions, key=lambda region: region.index):
+        for _, group in itertools.groupby(self.regions, key=lambda region: region.index):
             regions = list(group)
             refresh = sum(region.count * region.cost for region in regions)
-            bytes_ = self.kept.get(index, 0)
+            bytes_ = sum(self.kept.get((r.index, r.part), 0) for r in regions)
             total, numel = [total[0] + bytes_, total[1] + refresh], numel + sum(r.numel for r in regions)
             blocks = " + ".join(_blocks(region) for region in regions)
             shape = "x".join(map(str, regions[0].shape)) or "scalar"
             lines.append(
-                (regions[0].name, shape, blocks, _direction(regions[0]), f"{bytes_:,}", f"{refresh:.2g}")
-            )
+                (
+                    regions[0].name, shape, blocks, _direction(regions[0]), f"{bytes_:,}", f"{refresh:.2g}",
+                    self._owners(regions),
+                )
+            )  # fmt: skip
         per = f"{total[0] / max(numel, 1):.1f} a parameter"
-        lines.append((f"{numel:,} parameters", "", "", "", f"{total[0]:,} ({per})", f"{total[1]:.2g}"))
+        lines.append((f"{numel:,} parameters", "", "", "", f"{total[0]:,} ({per})", f"{total[1]:.2g}", ""))
+        if not any(owners for *_, owners in lines[1:]):
+            lines = [line[:-1] for line in lines]  # type: ignore[misc]
         widths = [max(map(len, column)) for column in zip(*lines)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+    def _owners(self, regions: list[Region]) -> str:
+        """Which ranks, in few words; nothing where there is one."""
+        ranks = self.placement(regions[0]).grid.ranks
+        if len(ranks) == 1:
+            return ""
+        if not regions[0].dims:
+            return "all" if self.shared(regions[0]) else "each its own"
+        found = sorted({ranks[owner] for r in regions for owner in self.owners[r.index, r.part]})
+        return ", ".join(map(str, found)) if len(found) <= 8 else f"{len(found)} of {len(ranks)}"
+
+
+def runs(shape: Shape, box: Box, start: int, count: int) -> list[tuple[Shape, int, int]]:
+    """Entries start : start + count of a flattened box, as runs of the flattened whole: (offset,), start, count."""
+    starts, sizes = box
+    cut = max((dim for dim, size in enumerate(sizes) if size != shape[dim]), default=0)
+    length = prod(sizes[cut:])
+    found: list[tuple[Shape, int, int]] = []
+    if not length:
+        return found
+    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    for row, place in enumerate(itertools.product(*(range(s, s + n) for s, n in zip(starts[:cut], sizes)))):
+        offset = sum(i * stride for i, stride in zip((*place, *starts[cut : cut + 1]), strides))
+        low, high = max(start, row * length), min(start + count, (row + 1) * length)
+        if low < high:
+            found.append(((offset + low - row * length,), low - start, high - low))
+    return found
 
 
 def _blocks(region: Region) -> str:
@@ -149,93 +299,3 @@ def _direction(region: Region) -> str:
     if not region.sides or len(region.sides) == len(region.dims):
         return region.direction
     return f"{region.direction} (side {', '.join(str(region.axes[side] + 1) for side in region.sides)})"
-
-
-def arrange(
-    index: int, name: str, shape: Shape, group: int, options: dict[str, Any], *, by_name: bool = False
-) -> list[Region]:
-    """The regions of one parameter. Raises ValueError for a `split` that does not divide the first dim.
-
-    options: a group's direction, block, merge, split, one_sided_above, full_matrix_up_to. by_name: matrices named
-    like embeddings and heads have the shorter side alone, or the diagonal rule where matrices are spectral.
-    """
-    block, direction, split = options["block"], options["direction"], options["split"]
-    if split > 1 and (not shape or shape[0] % split):
-        raise ValueError(
-            f"split is {split}; it must divide the first dimension of {name}, which has shape {shape}"
-        )
-    merged = merge(
-        shape, block, "matrix" if direction == "spectral" else options["merge"], keep_first=split > 1
-    )
-    if len(merged) < 2:
-        numel = prod(shape)
-        if direction in SIDED and 1 < numel <= options["full_matrix_up_to"]:
-            return [Region(name, index, group, 0, (numel,), (0,), (0,), (1,), (numel,), (0,), "root")]
-        return [_entries(index, name, numel, group)]
-    is_table = by_name and len(shape) == 2 and TABLES.search(name) is not None
-    if direction == "diagonal" or (direction == "spectral" and is_table):
-        return [_entries(index, name, prod(shape), group)]
-    whole = merged if direction == "spectral" else None
-    # the middle of three dims is the one whose products would need copies: it costs least where it is small
-    axes = (0, 2, 1) if len(merged) == 3 and merged[2] < merged[1] else tuple(range(len(merged)))
-    shape, merged = merged, tuple(merged[axis] for axis in axes)
-    cuts = [_cut(size, size if whole else block, split if dim == 0 else 1) for dim, size in enumerate(merged)]
-    part = (merged[0] // split, *merged[1:])
-    kept = sides(part, "one_sided" if is_table else direction, options["one_sided_above"])
-    return [
-        Region(
-            name, index, group, number, shape, axes,
-            tuple(start for start, _, _ in cut), tuple(count for _, count, _ in cut),
-            tuple(size for _, _, size in cut), kept, direction,
-        )
-        for number, cut in enumerate(itertools.product(*cuts))
-    ]  # fmt: skip
-
-
-def merge(shape: Shape, block: int, how: str, *, keep_first: bool = False) -> Shape:
-    """Drop dims of size 1 and merge neighbours, from the last dim while the product is at most block and two are left.
-
-    how: "dims" does that, "matrix" gives (first, rest), "none" merges nothing. keep_first leaves the first dim
-    alone, for one that is split by heads.
-    """
-    left = tuple(size for size in shape if size != 1)
-    if how == "none" or len(left) < 2:
-        return left
-    if how == "matrix":
-        return (left[0], prod(left[1:]))
-    merged = [left[-1]]
-    for position, size in reversed(list(enumerate(left[:-1]))):
-        alone = position == 0 and (keep_first or len(merged) == 1)
-        if merged[0] * size <= block and not alone:
-            merged[0] *= size
-        else:
-            merged.insert(0, size)
-    return tuple(merged)
-
-
-def sides(shape: Shape, direction: str, one_sided_above: float) -> tuple[int, ...]:
-    """Which dims of a parameter of two or more have factors.
-
-    The shorter one alone for one_sided, and for a matrix more than one_sided_above times longer than wide.
-    """
-    if direction not in SIDED:
-        return ()
-    if direction == "one_sided" or (len(shape) == 2 and max(shape) > one_sided_above * min(shape)):
-        return (shape.index(min(shape)),)
-    return tuple(range(len(shape)))
-
-
-def _entries(index: int, name: str, numel: int, group: int) -> Region:
-    return Region(name, index, group, 0, (numel,), (0,), (0,), (numel,), (), (), "diagonal")
-
-
-def _cut(size: int, block: int, split: int) -> list[tuple[int, int, int]]:
-    """(start, count, size of each) of the pieces of one dim: parts of size / split, each cut at the block size."""
-    part = size // split
-    if split > 1:
-        piece = next(piece for piece in range(min(part, block), 0, -1) if part % piece == 0)
-        return [(0, size // piece, piece)]
-    pieces = [(0, size // block, block)] if size >= block else []
-    if size % block:
-        pieces.append((size - size % block, 1, size % block))
-    return pieces

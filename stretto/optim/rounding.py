@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from stretto.optim.symmetric import Rate
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
@@ -33,3 +37,26 @@ def add_rounded(weight: Tensor, step: Tensor, rounding: str, rest: Tensor | None
         weight.copy_(round_stochastically(weight.float() + step))
     else:
         weight.copy_(weight.float() + step)
+
+
+def add_steps(
+    weights: list[Tensor],
+    steps: list[Tensor],
+    keep: Rate | list[Tensor],
+    rounding: str,
+    rests: Sequence[Tensor | None],
+) -> None:
+    """weights = keep * weights + steps, in place; steps in float32 or better, of the weights' shapes.
+
+    keep: one number, or one for each weight.
+    """
+    if not weights:
+        return
+    if weights[0].dtype == steps[0].dtype:
+        if not isinstance(keep, float | int) or keep != 1:
+            torch._foreach_mul_(weights, keep)
+        torch._foreach_add_(weights, steps)
+        return
+    for i, (weight, step, rest) in enumerate(zip(weights, steps, rests)):
+        kept = keep[i] if isinstance(keep, list) else keep
+        add_rounded(weight, step.float() + (kept - 1) * weight.float(), rounding, rest)

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stretto.optim import directions
-from stretto.optim.buckets import Bucket, Kernels
+from stretto.optim import directions, exchange
+from stretto.optim.buckets import Bucket, Kernels, shrink
+from stretto.optim.exchange import Part, Seat, Wave
 from stretto.optim.graft import GRAFTS
-from stretto.optim.layout import DIRECTIONS, Layout, Region, arrange
+from stretto.optim.layout import Held, Layout
+from stretto.optim.regions import DIRECTIONS, Region, arrange
 from stretto.optim.roots import COEFFICIENTS
-from stretto.optim.rounding import ROUNDINGS
+from stretto.optim.rounding import ROUNDINGS, add_steps
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Power = float | dict[int, float | tuple[float, ...]] | None
@@ -65,7 +68,17 @@ FIXED = (
     "storage",
     "rounding",
 )
-REMEMBERED = ("defaults", "param_groups", "max_skips", "compiled", "refreshing")
+REMEMBERED = ("defaults", "param_groups", "max_skips", "compiled", "refreshing", "transport", "placing")
+NOT_OF_GROUPS = (
+    "self",
+    "params",
+    "__class__",
+    "max_skips",
+    "compile",
+    "process_group",
+    "transport",
+    "blocks",
+)
 
 
 class Shampoo(Optimizer):
@@ -101,6 +114,11 @@ class Shampoo(Optimizer):
     max_skips: a step with a gradient that is not finite changes nothing and counts in `skipped`; so many in a row
     raise ValueError, at most `every` steps late where looking means waiting for a device. The same number of failed
     refreshes in a row raises too.
+    Parameters that are DTensors (fully_shard, tensor parallelism) are stepped as one process would: gradients go to
+    the owners of blocks and steps come back. Plain ones that are equal on the ranks of process_group, as under DDP,
+    share the work likewise; a group smaller than the world keeps the exchange within it. transport: "bfloat16" for
+    what travels; blocks: "local" cuts each shard into blocks of its own instead, which needs no exchange and gives
+    another result, that depends on the number of ranks.
     compile: torch.compile for what a step does with stacks. For a CUDA graph of `step` lr must be a tensor; see
     `refresh`.
     Raises ValueError for values out of range, naming them, and for sparse and complex gradients.
@@ -147,19 +165,30 @@ class Shampoo(Optimizer):
         rounding: str = "nearest",
         max_skips: int = 3,
         compile: bool = False,
+        process_group: Any = None,
+        transport: str | None = None,
+        blocks: str = "global",
     ) -> None:
-        defaults = {
-            name: value for name, value in locals().items() if name not in ("self", "params", "__class__")
-        }
-        del defaults["compile"], defaults["max_skips"]
+        defaults = {name: value for name, value in locals().items() if name not in NOT_OF_GROUPS}
         if max_skips < 1:
             raise ValueError(f"max_skips is {max_skips}; it must be 1 or more")
-        self._begin(max_skips, compile)
+        for name, value, allowed in (
+            ("transport", transport, (None, "bfloat16")),
+            ("blocks", blocks, ("global", "local")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+        self.transport, self.placing = transport, blocks
+        self._begin(max_skips, compile, process_group)
         super().__init__(params, defaults)
 
-    def _begin(self, max_skips: int, compile: bool) -> None:
+    def _begin(self, max_skips: int, compile: bool, process_group: Any = None) -> None:
         self.max_skips, self.compiled, self.refreshing = max_skips, compile, True
         self.buckets: list[Bucket] = []
+        self._process_group = process_group
+        self._placed_on: Layout | None = None  # where all parameters lie, from the first step on
+        self._seats: list[Seat] = []  # of each parameter
+        self._waves: list[Wave] = []
         self._regions: list[Region] = []
         self._placed: set[Tensor] = set()
         self._skipped: Any = 0  # numbers on the CPU, tensors elsewhere
@@ -175,7 +204,16 @@ class Shampoo(Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """One more group, with the defaults for what it does not say."""
+        """One more group, with the defaults for what it does not say.
+
+        Raises ValueError where ranks share the work and it has begun: who owns what is settled then.
+        """
+        if self._placed_on is not None and self._together:
+            raise ValueError(
+                "a parameter group was added after the ranks settled who owns which blocks; give the optimizer all "
+                "parameters before its first step (frozen ones too), or make a new optimizer and load the state"
+            )
+        self._placed_on = None
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("calls", 0)
@@ -189,20 +227,40 @@ class Shampoo(Optimizer):
             raise
         self._stagger()
 
+    def share(self, process_group: Any) -> None:
+        """Share the work among these ranks, whose plain parameters and gradients are equal, as DDP makes them.
+
+        Raises ValueError after the first step.
+        """
+        if self.buckets:
+            raise ValueError("share() was called after the first step; who owns which blocks is settled then")
+        self._process_group, self._placed_on = process_group, None
+
     # -- a step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient, on whichever rank."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepping = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not stepping:
+        self._lay_out()
+        params = self._parameters()
+        gradients = {p: exchange.gradient(p) for p in params}
+        stepping = [p for p in params if gradients[p] is not None]
+        if not stepping and not self._together:
             return loss
-        self._place(stepping)
-        keep = self._finite(stepping)
+        self._place(stepping, gradients)
+        present: list[bool] | Tensor = []
+        if self._together:
+            flags = self._agreed(params, gradients)
+            present = flags[0].bool().tolist() if flags.device.type == "cpu" else flags[0]
+            keep = self._judge(flags[1] == 0, params)
+            if isinstance(present, list) and not any(present):
+                return loss
+        else:
+            keep = self._judge(_finite(stepping, gradients), stepping)
         if keep is False:
             return loss
         for group in self.param_groups:
@@ -211,13 +269,83 @@ class Shampoo(Optimizer):
             group["peak_lr"] = (
                 torch.maximum(lr, torch.as_tensor(peak)) if isinstance(lr, Tensor) else max(lr, peak)
             )
-        capturing = stepping[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = params[0].is_cuda and torch.cuda.is_current_stream_capturing()
         refreshing = self.refreshing and not capturing
-        for bucket in self.buckets:
-            bucket.step(bucket.group["calls"], None if keep is True else keep, refreshing, self._kernels)
+        kept = None if keep is True else keep
+        if self._together:
+            self._step_together(gradients, present, kept, refreshing)
+        else:
+            for bucket in self.buckets:
+                bucket.step(bucket.group["calls"], kept, refreshing, self._kernels)
         if not capturing:
             self._look()
         return loss
+
+    def _step_together(
+        self,
+        gradients: dict[Tensor, Tensor | None],
+        present: list[bool] | Tensor,
+        keep: Tensor | None,
+        refreshing: bool,
+    ) -> None:
+        """The buckets in waves: while one is computed the gradients of the next travel, and the steps of the last."""
+        index = {p: i for i, p in enumerate(self._parameters())}
+        self._add_decay(gradients)
+        written = 0
+        for number, wave in enumerate(self._waves):
+            if number == 0:
+                wave.send(gradients)
+            if number + 1 < len(self._waves):
+                self._waves[number + 1].send(gradients)
+            steps = []
+            for bucket, stack in zip(wave.buckets, wave.receive()):
+                where = [index[p] for p in bucket.params]
+                theirs = present[where] if isinstance(present, Tensor) else [present[i] for i in where]
+                calls = bucket.group["calls"]
+                steps.append(bucket.advance(stack, theirs, calls, keep, refreshing, self._kernels))
+            wave.give(steps)
+            while written < number:
+                self._write(self._waves[written], index, present, keep)
+                written += 1
+        for wave in self._waves[written:]:
+            self._write(wave, index, present, keep)
+
+    def _add_decay(self, gradients: dict[Tensor, Tensor | None]) -> None:
+        """The decay of groups that have it in their gradients."""
+        for group in self.param_groups:
+            if group["decay"] != "l2" or not group["weight_decay"]:
+                continue
+            for p in group["params"]:
+                if (found := gradients[p]) is not None:
+                    exact = found.to(torch.promote_types(found.dtype, torch.float32))
+                    gradients[p] = exact.add(exchange.local(p), alpha=group["weight_decay"])
+
+    def _write(
+        self, wave: Wave, index: dict[Tensor, int], present: list[bool] | Tensor, keep: Tensor | None
+    ) -> None:
+        """Add a wave's steps to this rank's shards."""
+        arrived: dict[int, list[tuple[Part, Tensor]]] = defaultdict(list)
+        for part, step in wave.take():
+            arrived[part.bucket].append((part, step))
+        for number, pieces in arrived.items():
+            bucket = wave.buckets[number]
+            where = [index[bucket.params[part.member]] for part, _ in pieces]
+            if isinstance(present, list):
+                pieces = [piece for piece, i in zip(pieces, where) if present[i]]
+            parts, steps = [part for part, _ in pieces], [step.to(bucket.dtype) for _, step in pieces]
+            members = {p: exchange.local(p) for p in bucket.params}
+            # parts of what is not contiguous would be copies: then of a copy, which is written back
+            dense = {p: shard.contiguous() for p, shard in members.items() if not shard.is_contiguous()}
+            weights = wave.shards.views(parts, {**members, **dense})
+            rests: list[Any] = [None] * len(parts)
+            if any(rest is not None for rest in bucket.rests):
+                rests = wave.shards.views(parts, dict(zip(bucket.params, bucket.rests)))
+            kept: Any = shrink(bucket.group, keep)
+            if isinstance(present, Tensor) and (isinstance(kept, Tensor) or kept != 1):
+                kept = list((1 + (kept - 1) * present[where]).unbind())
+            add_steps(weights, steps, kept, bucket.group["rounding"], rests)
+            for p, copied in dense.items():
+                members[p].copy_(copied)
 
     @torch.no_grad()
     def refresh(self, *, due: bool = False) -> None:
@@ -240,14 +368,61 @@ class Shampoo(Optimizer):
 
     @property
     def layout(self) -> Layout:
-        """Every parameter's blocks, direction, bytes of state and cost of a refresh: print it."""
-        kept: dict[int, int] = defaultdict(int)
+        """Every parameter's blocks, direction, bytes of state, cost of a refresh and owners: print it."""
+        layout = self._lay_out()
         params = self._parameters()
         for region in self._regions:
-            kept[region.index] += _bytes(
-                Bucket([region], [params[region.index].to("meta")], self._group(region))
+            p = params[region.index]
+            stand_in = torch.empty(p.shape, dtype=p.dtype, device="meta")
+            bucket = Bucket([region], [stand_in], self._group(region))
+            layout.kept[region.index, region.part] = _bytes(bucket)
+        return layout
+
+    @property
+    def _together(self) -> bool:
+        """Whether this rank steps with others."""
+        return any(len(seat.grid.ranks) > 1 for seat in self._seats)
+
+    def _lay_out(self) -> Layout:
+        """Settle, once, who owns which blocks. Raises ValueError on every rank where the ranks' models differ."""
+        if self._placed_on is not None:
+            return self._placed_on
+        params = self._parameters()
+        seats: dict[Any, Seat] = {}
+        located = [exchange.locate(p, self._process_group, seats) for p in params]
+        self._seats = [seat for _, seat in located]
+        if self._together:
+            names = {region.index: region.name for region in self._regions}
+            facts = [
+                f"{names[i]} of shape {tuple(p.shape)}, {p.dtype}, cut along {[dim for dim, _ in where.cuts]}"
+                for i, (p, (where, _)) in enumerate(zip(params, located))
+            ]
+            exchange.check_equal(facts, self._seats)
+        shapes, placements = {}, {}
+        if self.placing == "global":
+            shapes = {i: tuple(p.shape) for i, p in enumerate(params)}
+            placements = {i: placement for i, (placement, _) in enumerate(located)}
+        every = [group["every"] for group in self.param_groups]
+        self._placed_on = Layout(self._regions, shapes, placements, every=every, turns=self._phases)
+        return self._placed_on
+
+    def held(self, p: Tensor, key: str, shape: tuple[int, ...]) -> Held | None:
+        """Which part of what is kept of a parameter under a key this rank has; None: all ranks have all of it.
+
+        shape: of the part or of the whole, of which the dims after the first are used. For checkpoints.
+        Raises ValueError for blocks="local", whose factors fit no other number of ranks.
+        """
+        layout = self._lay_out()
+        name, _, part = key.partition(".")
+        if name in ("step", "updates") or not self._together:
+            return None
+        if self.placing == "local":
+            raise ValueError(
+                'blocks="local" keeps factors of shards, which fit no other number of ranks; choose '
+                'blocks="global" for checkpoints, or save state_dict() on each rank'
             )
-        return Layout(self._regions, dict(kept))
+        index = next(i for i, other in enumerate(self._parameters()) if other is p)
+        return layout.held(index, int(part or 0), name == "rest", shape[1:], self._seats[index].number)
 
     def state_bytes(self) -> int:
         """Of all that is kept now."""
@@ -266,7 +441,14 @@ class Shampoo(Optimizer):
         return [
             region
             for index, name, p in zip(indices, names, group["params"])
-            for region in arrange(index, name, tuple(p.shape), number, group, by_name="param_names" in group)
+            for region in arrange(
+                index,
+                name,
+                tuple(exchange.local(p).shape if self.placing == "local" else p.shape),
+                number,
+                group,
+                by_name="param_names" in group,
+            )
         ]
 
     def _stagger(self) -> None:
@@ -281,10 +463,23 @@ class Shampoo(Optimizer):
             bucket.phases = self._turns(bucket.regions)
 
     def _turns(self, regions: list[Region]) -> list[int]:
-        return [turn for region in regions for turn in self._phases.get((region.index, region.part), [])]
+        """When the blocks that are kept here are refreshed."""
+        found = [(region, self._phases.get((region.index, region.part), [])) for region in regions]
+        return [turns[block] for region, turns in found if turns for block in self._here(region)]
 
-    def _place(self, stepping: list[Tensor]) -> None:
-        """Check what may change between steps, and make buckets for parameters with their first gradient."""
+    def _here(self, region: Region) -> Sequence[int]:
+        """The blocks of a region that are kept here; of order 0, as many as there are entries."""
+        layout, number = self._lay_out(), self._seat(region).number
+        return layout.owned(region, number) if region.dims else range(layout.entries(region, number)[1])
+
+    def _seat(self, region: Region) -> Seat:
+        return self._seats[region.index] if self.placing == "global" else Seat()
+
+    def _place(self, stepping: list[Tensor], gradients: dict[Tensor, Tensor | None]) -> None:
+        """Check what may change between steps, and make buckets for parameters with their first gradient.
+
+        Ranks that step together make them for all parameters that are not frozen.
+        """
         for group in self.param_groups:
             changed = [name for name in FIXED if group[name] != group["fixed"][name]]
             if changed:
@@ -295,30 +490,36 @@ class Shampoo(Optimizer):
         if [group["every"] for group in self.param_groups] != self._every:
             self._stagger()
         for p in stepping:
-            assert p.grad is not None
-            if p.grad.layout != torch.strided or p.grad.is_complex():
-                kind = "complex" if p.grad.is_complex() else "sparse"
+            grad = gradients[p]
+            assert grad is not None
+            if grad.layout != torch.strided or grad.is_complex():
+                kind = "complex" if grad.is_complex() else "sparse"
                 raise ValueError(
                     f"the gradient of {self._name(p)} is {kind}; Shampoo steps by dense real gradients: give this "
                     "parameter to another optimizer, or ask its layer for dense gradients"
                 )
-        if any(p not in self._placed for p in stepping):
-            new = {p for p in stepping if p not in self._placed}
+        wanted = [p for p in self._parameters() if p.requires_grad] if self._together else stepping
+        if new := {p for p in wanted if p not in self._placed}:
             for bucket in self._made(new):
                 self._adopt(bucket)
         for bucket in self.buckets:
             if bucket.complete():
                 self._link(bucket)
+        if self._together and not self._waves:
+            seats = [self._seat(bucket.regions[0]) for bucket in self.buckets]
+            transport = getattr(torch, self.transport) if self.transport else None
+            self._waves = exchange.waves(self.buckets, seats, self._lay_out(), transport)
 
     def _made(self, params: set[Tensor]) -> list[Bucket]:
-        """Buckets for these parameters."""
-        every = self._parameters()
+        """Buckets for these parameters, with the blocks that are kept here."""
+        every, layout = self._parameters(), self._lay_out()
         found: dict[Any, list[Region]] = defaultdict(list)
         for region in self._regions:
             p = every[region.index]
             if p in params:
+                shared = not region.dims and layout.shared(region)
                 key = (region.group, region.dims, region.sides, region.direction, p.dtype, p.device)
-                found[key].append(region)
+                found[*key, self._seat(region), shared].append(region)
         return [
             Bucket(
                 regions,
@@ -326,14 +527,21 @@ class Shampoo(Optimizer):
                 self._group(regions[0]),
                 self._turns(regions),
                 self.compiled,
+                [len(self._here(region)) for region in regions],
+                None if regions[0].dims else exchange.total(seat, shared),
             )
-            for regions in found.values()
+            for (*_, seat, shared), regions in found.items()
         ]
 
     def _adopt(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
-        for p in bucket.params:
+        self._waves = []
+        for i, p in enumerate(bucket.params):
             self._placed.add(p)
+            if bucket.group["rounding"] == "compensated" and p.dtype != bucket.dtype:
+                if "rest" not in self.state[p]:
+                    self.state[p]["rest"] = torch.zeros_like(exchange.local(p))
+                bucket.rests[i] = self.state[p]["rest"]
         self._link(bucket)
 
     def _link(self, bucket: Bucket) -> None:
@@ -347,11 +555,18 @@ class Shampoo(Optimizer):
 
     # -- steps that cannot be taken
 
-    def _finite(self, stepping: list[Tensor]) -> bool | Tensor:
+    def _agreed(self, params: list[Tensor], gradients: dict[Tensor, Tensor | None]) -> Tensor:
+        """Which parameters have a gradient, and which one that is not finite, on any rank: (2, parameters)."""
+        present = [i for i, p in enumerate(params) if gradients[p] is not None]
+        flags = torch.zeros(2, len(params), device=params[0].device)
+        if present:
+            flags[0, present] = 1.0
+            flags[1, present] = (~_finite([params[i] for i in present], gradients)).float()
+        return exchange.agree(flags, self._seats)
+
+    def _judge(self, finite: Tensor, stepping: list[Tensor]) -> bool | Tensor:
         """Whether all gradients are finite: known on the CPU, elsewhere a 0-d tensor, 1 or 0. Counts the others."""
-        device = stepping[0].device
-        norms = torch._foreach_norm([p.grad for p in stepping if p.grad is not None])
-        finite = torch.stack([norm.to(device, torch.float32) for norm in norms]).isfinite()
+        device = finite.device
         if device.type == "cpu":
             if finite.all():
                 self._row = 0
@@ -381,15 +596,20 @@ class Shampoo(Optimizer):
         if isinstance(self._longest, Tensor) and self._longest >= self.max_skips:
             self._bad = [p for p, is_bad in zip(self._seen, self._bad.tolist()) if is_bad]
             self._stop()
+        failures: dict[Tensor, int] = defaultdict(int)
         for bucket in self.buckets:
-            failures = bucket.failed()
-            if failures is not None and failures.max() >= self.max_skips:
-                owners = [p for p, count in zip(bucket.params, bucket.counts) for _ in range(count)]
-                raise ValueError(
-                    f"the factors of {self._name(owners[int(failures.argmax())])} could not be refreshed "
-                    f"{int(failures.max())} times in a row; raise ridge_eps ({bucket.group['ridge_eps']}) or choose "
-                    "root='eigh'"
-                )
+            for p, count in zip(bucket.params, bucket.failed()):
+                failures[p] = max(failures[p], count)
+        counts = torch.tensor([float(failures[p]) for p in self._parameters()])
+        if self._together:
+            counts = exchange.agree(counts.to(self._parameters()[0].device), self._seats)
+        if counts.max() >= self.max_skips:
+            p = self._parameters()[int(counts.argmax())]
+            group = next(group for group in self.param_groups if any(p is other for other in group["params"]))
+            raise ValueError(
+                f"the factors of {self._name(p)} could not be refreshed {int(counts.max())} times in a row; raise "
+                f"ridge_eps ({group['ridge_eps']}) or choose root='eigh'"
+            )
 
     def _stop(self) -> None:
         names = ", ".join(self._name(p) for p in self._bad[:3])
@@ -429,6 +649,7 @@ class Shampoo(Optimizer):
             group.update(
                 {k: copy.deepcopy(v) for k, v in other.items() if k not in ("params", "param_names", "names")}
             )
+        self._lay_out()
         try:
             self._stagger()
             stored = {p: entries[index] for p, index in zip(params, indices) if index in entries}
@@ -453,6 +674,9 @@ class Shampoo(Optimizer):
             raise
         self.buckets, self._placed = [], set()
         self.state.clear()
+        for p, values in stored.items():
+            if "rest" in values:
+                self.state[p]["rest"] = values["rest"].to(p.device, copy=True)
         for bucket in buckets:
             bucket.resumed()
             self._adopt(bucket)
@@ -472,8 +696,17 @@ class Shampoo(Optimizer):
         self.load_state_dict(saved)
 
 
+def _finite(stepping: list[Tensor], gradients: dict[Tensor, Tensor | None]) -> Tensor:
+    """(n,) bool: of each parameter, whether its gradient here has only finite entries."""
+    norms = torch._foreach_norm([g for p in stepping if (g := gradients[p]) is not None])
+    return torch.stack([norm.to(stepping[0].device, torch.float32) for norm in norms]).isfinite()
+
+
 def _bytes(bucket: Bucket) -> int:
-    return sum(kept.numel() * kept.element_size() for kept in bucket.kept.values())
+    p, entries = bucket.params[0], bucket.size * prod(bucket.dims)
+    rest = p.element_size() * entries if bucket.group["rounding"] == "compensated" else 0
+    kept = sum(kept.numel() * kept.element_size() for kept in bucket.kept.values())
+    return kept + (rest if p.dtype != bucket.dtype else 0)
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stretto.optim import SOAP, KLShampoo, Muon, NorMuon, OneSidedShampoo, SOAPMuon
-from stretto.optim.layout import DIRECTIONS
+from stretto.optim.regions import DIRECTIONS
 from stretto.optim.shampoo import CHOICES, LEAST, Shampoo
 
 PRESETS = [Shampoo, SOAP, KLShampoo, OneSidedShampoo, Muon, NorMuon, SOAPMuon]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stretto.optim import Hyperball, Lookahead, ScheduleFree
-from stretto.optim.layout import DIRECTIONS
+from stretto.optim.regions import DIRECTIONS
 from stretto.optim.shampoo import Shampoo
 
 SHAPES = [(10, 7), (4, 4), (3, 5), (7,), (3, 2, 3, 3), ()]  # whole blocks and remainders of blocks of 4

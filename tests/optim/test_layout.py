@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stretto.optim.layout import DIRECTIONS, Layout, arrange, merge, sides
+from stretto.optim.layout import Layout
+from stretto.optim.regions import DIRECTIONS, arrange, merge, sides
 from stretto.optim.shampoo import Shampoo
 
 OPTIONS = {
@@ -80,7 +81,7 @@ def test_the_totals_are_what_is_kept_after_a_step(
     assert str(layout) == told
     for index, p in enumerate(built.parameters()):
         kept = {id(value): value.numel() * value.element_size() for value in optimizer.state[p].values()}
-        assert sum(kept.values()) == layout.kept[index]
+        assert sum(kept.values()) == sum(layout.kept[r.index, r.part] for r in layout if r.index == index)
 
 
 def test_names_come_from_the_model_or_are_numbers() -> None:

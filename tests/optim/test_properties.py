@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stretto.optim import shampoo
-from stretto.optim.layout import DIRECTIONS, SIDED, Layout, arrange
+from stretto.optim.layout import Layout
 from stretto.optim.reference import ShampooReference, full_matrix_adagrad
+from stretto.optim.regions import DIRECTIONS, SIDED, arrange
 from stretto.optim.shampoo import Shampoo
 
 Shape = tuple[int, ...]
