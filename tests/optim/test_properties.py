@@ -367,11 +367,11 @@ def test_8_a_new_interval_gives_new_turns() -> None:
 
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the way of gradients on a device, where the host does not know which steps were skipped."""
-    source = textwrap.dedent(inspect.getsource(Shampoo._finite))
+    source = textwrap.dedent(inspect.getsource(Shampoo._judge))
     assert source.count('device.type == "cpu"') == 1
     names = dict(vars(shampoo))
     exec(source.replace('device.type == "cpu"', "False"), names)
-    monkeypatch.setattr(Shampoo, "_finite", names["_finite"])
+    monkeypatch.setattr(Shampoo, "_judge", names["_judge"])
 
 
 def snapshot(params: list[nn.Parameter], optimizer: Shampoo) -> list[Tensor]:
