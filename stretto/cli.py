@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    from stretto.measure.store import Run
     from stretto.methods._pages import Line
 
 
@@ -70,7 +72,10 @@ class Race:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a workload once, to the end of the budget."""
+    """Train a workload once, to the end of the budget; under torchrun, on all its ranks.
+
+    An interrupted run goes on from its newest checkpoint, also on fewer ranks.
+    """
 
     workload: Positional[str]
     """Name of a workload."""
@@ -79,39 +84,72 @@ class Train:
     seed: int = 0
     """Seed of weights and data order."""
     out: Path = Path("runs")
-    """Folder of the runs; an interrupted run goes on there."""
+    """Folder of the runs, the same for all ranks; an interrupted run goes on there."""
+    parallel: Literal["none", "ddp", "fsdp", "hsdp", "tp", "tp+fsdp"] = "none"
+    """What ranks share: copies of the model (ddp), its shards (fsdp), both (hsdp), its layers (tp)."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """What the model computes in."""
+    compile: bool = False
+    """Compile each block."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass, for memory."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where; cuda if there is one."""
+    replicas: int | None = None
+    """hsdp: copies of the model. Default: one a machine."""
+    tensor: int | None = None
+    """tp: ranks that share each layer. Default: all; with fsdp those of a machine."""
+    meta: bool = False
+    """Start sharded, a model larger than one rank can hold."""
+    slices: int | None = None
+    """Shares that a batch is cut into, a multiple of the ranks. Default: the ranks at the first start."""
+    save_every: float = 300.0
+    """Seconds between checkpoints."""
+    timeout: float = 600.0
+    """Seconds after which a rank that waits for the others gives up."""
+    ranks: int | None = None
+    """Start so many ranks on this machine: torchrun, with the environment that restarts need."""
+    restarts: int = 0
+    """With --ranks: how often to start again after a rank died."""
 
     def run(self) -> int:
         """Train and print where the run lies."""
+        from stretto.train.launch import become_torchrun, is_rank, joined
+
+        if self.ranks is not None and not is_rank():
+            become_torchrun(
+                self.ranks, self.restarts, ["train", *_arguments(self, without=("ranks", "restarts"))]
+            )
+        with joined(self.device, self.timeout):
+            return self._train()
+
+    def _train(self) -> int:
         from stretto import recipes, workloads
-        from stretto.measure import live, race
-        from stretto.measure.store import Store
+        from stretto.measure import live, single
+        from stretto.train.launch import rank
+        from stretto.train.parallel import Execution
 
         workload = workloads.find(self.workload)
         arm = recipes.arm(self.recipe, workload.name, next(iter(workload.targets)))
-        store = Store(self.out)
-        with live.shown(workload.metric, None, workload.falls) as watch:
-            race_id = race.race(
+        execution = Execution(
+            self.parallel, self.precision, self.compile, self.checkpointing, self.device, self.replicas,
+            self.tensor, self.meta,
+        )  # fmt: skip
+        shown = live.shown if rank() == 0 else live.hidden
+        with shown(workload.metric, None, workload.falls) as watch:
+            run = single.train(
                 workload,
-                [arm],
-                store,
-                target=None,
-                seeds=[self.seed],
-                control="off",
-                memory=False,
+                arm,
+                self.out,
+                execution=execution,
+                seed=self.seed,
+                slices=self.slices,
+                save_every=self.save_every,
                 watch=watch,
             )
-        found = store.race(race_id)
-        for run in map(store.run, found["arms"][0]["runs"]):
-            rows = run.rows()
-            last = (
-                f", {workload.metric} {rows[-1][workload.metric]:.4f} at step {rows[-1]['step']}"
-                if rows
-                else ""
-            )
-            error = f" ({run.record['error']})" if run.record["error"] else ""
-            print(f"{run.record['state']}{error}{last}; the run lies in {run.path}")
-        return 130 if found["interrupted"] else 0
+        if rank() == 0:
+            print(_last_words(run, workload.metric))
+        return 130 if run.record["state"] == "interrupted" else 0
 
 
 @dataclass(frozen=True)
@@ -280,6 +318,27 @@ def _show(lines: Iterable[Line]) -> None:
     for head, text, style in _pages.render(lines, min(console.width, WIDEST)):
         of_head, of_text = STYLES[style]
         console.print(Text.assemble((head, of_head), (text, of_text)), soft_wrap=True)
+
+
+def _arguments(command: Train, without: tuple[str, ...]) -> list[str]:
+    """What to type for this command."""
+    given = [
+        (field.name.replace("_", "-"), getattr(command, field.name))
+        for field in fields(command)
+        if field.name not in (*without, "workload") and getattr(command, field.name) != field.default
+    ]
+    options = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given)
+    return [command.workload, *chain.from_iterable(options)]
+
+
+def _last_words(run: Run, metric: str) -> str:
+    """How a run ended, and where it lies."""
+    rows, error = run.rows(), run.record["error"]
+    last = f", {metric} {rows[-1][metric]:.4f} at step {rows[-1]['step']}" if rows else ""
+    text = f"{run.record['state']}{f' ({error})' if error else ''}{last}; the run lies in {run.path}"
+    if run.record["state"] == "interrupted":
+        text += "\nthe same command goes on from its newest checkpoint"
+    return text
 
 
 def _conclude(store: object, race_id: str) -> int:

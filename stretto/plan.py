@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from stretto.core import At, Recipe, ScheduleMethod, stable_hash
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 CALIBRATION_BATCHES = 32
 GRID = 1024  # points at which a batch-size schedule is read to foresee how many examples some steps take
@@ -24,8 +28,16 @@ class Plan:
     and tokens is the budget: exactly so many steps, or else whole batches that stay within it, at least one.
     Batches that a schedule scales are multiples of the number of slices, which share a batch equally.
     Data order is a function of (seed, epoch): every example once an epoch, batches may straddle two epochs.
-    Raises ValueError for a budget that is missing or given twice, and for a batch its slices cannot share.
+    mesh: ranks along its dims take slices of the batch, those along "tp" share them; None: all ranks that there
+    are. slices: of the batch, as many as ranks unless the run began with more; each rank takes neighbouring ones.
+    Raises ValueError for a budget that is missing or given twice, for a batch its slices cannot share, and for
+    slices that the ranks cannot.
     """
+
+    ranks: int  # that share the data
+    rank: int  # this one's number among them
+    group: dist.ProcessGroup | None  # of them; None when alone
+    everyone: dist.ProcessGroup | None  # they, and those that are tensor-parallel; None when alone
 
     def __init__(
         self,
@@ -39,6 +51,7 @@ class Plan:
         tokens: float | None = None,
         seed: int = 0,
         tokens_per_example: int | None = None,
+        mesh: DeviceMesh | None = None,
         slices: int | None = None,
     ) -> None:
         budgets = {"epochs": epochs, "steps": steps, "samples": samples, "tokens": tokens}
@@ -53,9 +66,16 @@ class Plan:
         if examples <= 0 or batch <= 0:
             raise ValueError(f"examples ({examples}) and batch ({batch}) must be above 0")
         self.recipe, self.examples, self.batch, self.seed = recipe, examples, batch, seed
-        self.tokens_per_example, self.slices = tokens_per_example, 1 if slices is None else slices
+        self.ranks, self.rank, self.group, self.everyone = _company(mesh)
+        self.tokens_per_example = tokens_per_example
+        self.slices = self.ranks if slices is None else slices
         if self.slices < 1 or batch % self.slices:
             raise ValueError(f"a batch of {batch} cannot be cut into {self.slices} equal slices")
+        if self.slices % self.ranks:
+            raise ValueError(
+                f"{self.slices} slices cannot be shared equally by {self.ranks} ranks; give slices= a multiple "
+                "of the ranks, or start as many ranks as divide them"
+            )
         if unit == "tokens" and not tokens_per_example:
             raise ValueError("a budget in tokens needs tokens_per_example")
         if unit == "steps":
@@ -133,7 +153,7 @@ class Plan:
         batch = self.sizes[step] if step < self.steps else 0
         return At(
             step, self.steps, done // self.examples, done, self.planned, self.seed, batch,
-            self.examples, self.tokens_per_example, 0, self.slices,
+            self.examples, self.tokens_per_example, self.rank * (self.slices // self.ranks), self.slices,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[At]:
@@ -148,12 +168,14 @@ class Plan:
         self.step = step
 
     def indices(self, at: At) -> Tensor:
-        """The data set's ids of this step's global batch, (at.batch,) int64, in row order."""
+        """The data set's ids of this rank's share of the batch, (at.batch // ranks,) int64, in row order."""
         if at.step != self._latest[0]:  # a host asks for the data, then the Updater
-            self._latest = (at.step, self._draw(at))
+            share = at.batch // self.ranks
+            self._latest = (at.step, self._draw(at)[self.rank * share : (self.rank + 1) * share])
         return self._latest[1]
 
     def _draw(self, at: At) -> Tensor:
+        """Those of the global batch."""
         epoch, offset = divmod(at.done, self.examples)
         if offset + at.batch <= self.examples:
             return self._order(epoch)[offset : offset + at.batch]
@@ -173,11 +195,11 @@ class Plan:
         return self._orders[epoch]
 
     def batches(self) -> Sampler[list[int]]:
-        """A batch sampler for a DataLoader: ids of each batch, from the plan's present step."""
+        """A batch sampler for a DataLoader: this rank's ids of each batch, from the plan's present step."""
         return _Batches(self)
 
     def calibration(self, dataset: Any, batches: int = CALIBRATION_BATCHES, **loader: Any) -> DataLoader[Any]:
-        """A loader of its own over batches about the present step; it loads only when iterated.
+        """A loader of its own over this rank's share of batches about the present step; it loads when iterated.
 
         `loader` goes to the DataLoader (collate_fn, num_workers …). The caller's random state stays as it is.
         """
@@ -199,3 +221,33 @@ class _Batches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.last - self._start()
+
+
+def _company(
+    mesh: DeviceMesh | None,
+) -> tuple[int, int, dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """How many ranks share the data, which of them this one is, their group, and the group of the whole mesh."""
+    if mesh is None:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return 1, 0, None, None
+        return dist.get_world_size(), dist.get_rank(), dist.group.WORLD, dist.group.WORLD
+    names = mesh.mesh_dim_names or ()
+    data = [dim for dim in range(mesh.ndim) if not names or names[dim] != "tp"]
+    ranks, rank = 1, 0
+    for dim in data:
+        ranks, rank = ranks * mesh.size(dim), rank * mesh.size(dim) + mesh.get_local_rank(dim)
+    return ranks, rank, _group(mesh, data), _group(mesh, list(range(mesh.ndim)))
+
+
+def _group(mesh: DeviceMesh, dims: list[int]) -> dist.ProcessGroup | None:
+    """The ranks that differ from this one in these dims alone."""
+    dims = [dim for dim in dims if mesh.size(dim) > 1]
+    if not dims:
+        return None
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    if len(dims) == mesh.ndim and mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    names = mesh.mesh_dim_names
+    assert names is not None, "dims that are taken together are named"
+    return mesh[tuple(names[dim] for dim in dims)]._flatten().get_group()

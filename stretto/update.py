@@ -9,17 +9,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from stretto import batch_norms, shards
 from stretto.core import (
     At,
     AverageMethod,
@@ -31,7 +31,6 @@ from stretto.core import (
     GradientsMethod,
     Loss,
     LossMethod,
-    Mixed,
     ModelMethod,
     OptimizerMethod,
     PassesMethod,
@@ -43,6 +42,7 @@ from stretto.core import (
     StartMethod,
     State,
     WrapMethod,
+    first_tensor,
     generators,
     map_data,
     mix,
@@ -51,10 +51,11 @@ from stretto.core import (
     stable_hash,
     stream,
 )
+from stretto.losses import Valid, compose, default_valid, how_much_counts, per_example, plain_mean
 from stretto.plan import Plan
 from stretto.timed import Clock, Timed
+from stretto.wrapping import Wrapping, unwrap
 
-Valid = Callable[[Any], Tensor | None]  # targets -> bool, in the shape of the loss's values; None: all count
 HALF = (torch.float16, torch.bfloat16)  # too short for sums
 _ONE_PASS = (None,)
 
@@ -66,8 +67,10 @@ class Part(NamedTuple):
     at: At  # its slice's
     row: int  # the first global row
     number: int  # among the parts of its slice
-    share: float  # of the step's examples
-    weights: Tensor | None  # of each value of the loss; those of a step sum to 1. None: all alike
+    share: float | Tensor  # of the step's examples, times the number of ranks
+    weights: (
+        Tensor | None
+    )  # of each value of the loss; a step's sum to 1 as the mean of ranks. None: all alike
     inner: torch.Size | None  # of an example's targets that may count, and so of its values. None: any
 
 
@@ -80,6 +83,8 @@ class Updater:
     others too. scaler: a GradScaler. pretrained: weights were loaded, so INITIALISE is refused.
     microbatch: examples in one forward.
     Schedules multiply `base`, a dict in each of the optimizer's groups, which may be changed during the run.
+    Of several ranks each takes its share of the batch, and all do the same: `start`, `evaluating`, `state_dict`
+    and leaving early are for all of them.
     Raises ValueError for a recipe without optimizer, and for a model that skipped `recipe.model`.
     """
 
@@ -102,10 +107,11 @@ class Updater:
         self.recipe, self.plan, self.wrapped, self.model = recipe, plan, model, unwrap(model)
         self.run_model, self.scaler, self.microbatch = forward or run_model, scaler, microbatch
         self.pretrained = pretrained
+        self.wrapping = Wrapping(model)
         self.step = 0
-        self.examples = 0  # trained on so far, without those that a selection left out
         self.round = 0  # which pass of the present step is running
         self._check_plan()
+        self._check_ranks()
         self._check_unused()
         self._inserted = self._check_surgery()
         self._schedules = recipe.of(ScheduleMethod)
@@ -116,9 +122,11 @@ class Updater:
         self.state: dict[str, State] = {method.name: {} for method in keepers}
         self.clock = Clock()
         self.valid = valid or default_valid(loss)
-        self._values, self._scores = self._compose(per_example(loss))
+        self._values, self._scores = compose(recipe, per_example(loss), self.valid, self.clock)
         self._mean = plain_mean(loss) if valid is None and not recipe.of(LossMethod) else None
+        self.wrapping.reshard()
         self.optimizer = self._build(optimizer)
+        self.wrapping.share(self.optimizer)
 
         self._parameters = list(self.model.parameters())
         stepped = (p for group in self.optimizer.param_groups for p in group["params"])
@@ -137,12 +145,20 @@ class Updater:
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.dtype != torch.bool
         ]
+        if batch_norms.moving(model):
+            self.wrapping.keep_buffers()
         self._before: list[Tensor] = []  # the buffers as they were before the present step
         self._rows: dict[int, Tensor] = {}  # by batch size
         self._part: Part | None = None
         self._started = False
-        self._chosen = 0  # examples of the present step
+        self._examples: int | Tensor = 0
+        self._chosen: int | Tensor = 0  # examples of the present step
         self._left = False  # whether the step before was left early
+
+    @property
+    def examples(self) -> int:
+        """How many it trained on so far, on all ranks, without those that a selection left out."""
+        return int(self._examples)
 
     # -- one step
 
@@ -150,7 +166,7 @@ class Updater:
         """Yield the parts to run forward and backward; then step.
 
         Leaving early means no step: gradients, weights, buffers and random state are as before, and the same
-        step may be tried again, or the next one taken.
+        step may be tried again, or the next one taken. All ranks leave, or none (see `agreed`).
         """
         yield from self.passes(batch, at)
         self.finish(at)
@@ -178,7 +194,9 @@ class Updater:
             for self.round, _ in enumerate(rounds):
                 self._clear_gradients()
                 before = self._buffers() if self.round else []
-                for part in parts:
+                for number, part in enumerate(self._in_order(parts), 1):
+                    if self.wrapping and len(parts) > 1:
+                        self.wrapping.sync(number == len(parts))
                     self._enter(part.at, part.row, part.number)
                     self._part = part
                     yield part.batch
@@ -191,6 +209,7 @@ class Updater:
                 generator.set_state(state)
             if not complete:
                 self._left = True
+                self.wrapping.abandon()
                 self._clear_gradients()
                 self._restore(self._before)
                 if rounds is not _ONE_PASS:
@@ -216,16 +235,33 @@ class Updater:
                 average.average(self.model, at, self.state[average.name])
         self._clear_gradients()
         self.step += 1
-        self.examples += self._chosen
+        self._examples = self._examples + self._chosen
 
     def skip(self) -> None:
-        """End a step without updating: gradients and moved statistics are dropped, time goes on."""
+        """End a step without updating: gradients and moved statistics are dropped, time goes on.
+
+        All ranks skip, or none (see `agreed`).
+        """
         self._clear_gradients()
         self._restore(self._before)
         self.step += 1
 
+    def agreed(self, flag: Tensor) -> Tensor:
+        """The largest value that a number has on any rank; one collective, and nothing when alone.
+
+        For decisions that all must make alike, tensor-parallel ranks too: skip where any has found an infinity.
+        """
+        if self.plan.everyone is None:
+            return flag
+        flag = flag.to(torch.int32) if flag.dtype == torch.bool else flag.clone()
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.plan.everyone)
+        return flag
+
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """This part's share of the batch's mean loss, () with gradient; the shares of all parts sum to it."""
+        """This part's share of the batch's mean loss, () with gradient; the shares of all parts sum to it.
+
+        With several ranks the mean of their sums is the batch's, since DDP and FSDP average gradients.
+        """
         part = self._part
         if part is None:
             raise ValueError(
@@ -264,7 +300,8 @@ class Updater:
         """
         at = self.plan.at(self.step)
         modes = [(module, module.training) for module in self.wrapped.modules()]
-        norms = self._batch_norms()
+        norms = self._merged_norms()
+        self.wrapping.reshard()
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = self._buffers()
         kept: dict[str, Tensor] = {}
@@ -274,20 +311,27 @@ class Updater:
                 for method in self._averages:
                     averages = method.averaged(self.model, self.optimizer, at, self.state[method.name])
                     for name, value in averages.items():
-                        kept[name] = parameters[name].clone()
-                        parameters[name].copy_(value)
+                        mine = shards.local(parameters[name])
+                        kept[name] = mine.clone()
+                        mine.copy_(shards.local(value))
                 if kept and norms:
-                    self._estimate(norms, calibration)
+                    run = functools.partial(self.run_model, self.wrapped)
+                    batch_norms.estimate(norms, run, self._slices_of(calibration), self.plan.group)
                 yield self._predict()
             finally:
+                self.wrapping.reshard()
                 for name, value in kept.items():
-                    parameters[name].copy_(value)
+                    shards.local(parameters[name]).copy_(value)
                 self._restore(buffers)
                 for module, mode in modes:
                     module.training = mode
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer, averages and masks, step: all a resumed run needs, for weights_only=True."""
+        """Model, optimizer, averages and masks, step: all a resumed run needs, for weights_only=True.
+
+        All ranks ask for it; what is sharded stays so.
+        """
+        self._merged_norms()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -306,12 +350,7 @@ class Updater:
         Nothing of `state` is shared with the run. Raises ValueError for the state of another recipe, of
         another number of slices, and of other parameters.
         """
-        for name, mine in (("recipe", self.recipe.hash), ("slices", self.plan.slices)):
-            if state[name] != mine:
-                raise ValueError(
-                    f"this state is of a run with {name} {state[name]}, and this run has {name} {mine}; "
-                    "resume with what the run began with"
-                )
+        self.check_state(state)
         groups = (self.optimizer.param_groups, state["optimizer"]["param_groups"])
         here, there = ([group.get("names") for group in side] for side in groups)
         if here != there:
@@ -323,10 +362,19 @@ class Updater:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for name, kept in state["state"].items():
             self.state[name] = {key: value.to(self.device, copy=True) for key, value in kept.items()}
-        self.step, self.examples = state["step"], state["examples"]
+        self.step, self._examples = state["step"], state["examples"]
         self._started, self._left = state["started"], False
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError for the state of another recipe, or of another number of slices."""
+        for name, mine in (("recipe", self.recipe.hash), ("slices", self.plan.slices)):
+            if state[name] != mine:
+                raise ValueError(
+                    f"this state is of a run with {name} {state[name]}, and this run has {name} {mine}; "
+                    "resume with what the run began with"
+                )
 
     # -- making
 
@@ -340,6 +388,15 @@ class Updater:
                 f"the plan paces batch sizes by {its[0] if its else 'nothing'}, and the recipe by "
                 f"{mine[0] if mine else 'nothing'}; make the plan of the recipe: Plan(recipe, ...)"
             )
+
+    def _check_ranks(self) -> None:
+        for module in self.wrapping.replicated:
+            if (found := module.process_group.size()) != self.plan.ranks:
+                raise ValueError(
+                    f"{found} ranks share the work of this DDP model, and the plan deals batches to "
+                    f"{self.plan.ranks} rank{'s' * (self.plan.ranks != 1)}; make the plan after "
+                    "init_process_group, or with mesh= the mesh of the model"
+                )
 
     def _check_unused(self) -> None:
         model = self.wrapped
@@ -422,41 +479,6 @@ class Updater:
                 _set(group, name, value)
             group["base"] = {name: scaled[name] for name in sorted(paced)}
 
-    def _compose(self, base: Loss) -> tuple[Loss, Loss]:
-        """The loss from the inside out: base, targets, mixture, penalties; and the base alone, for scores."""
-        methods = self.recipe.of(LossMethod)
-        names = " and ".join(type(method).__name__ for method in methods)
-        loss = _needs_examples(base, names) if methods else base
-        for method in methods:
-            if Phase.BASE in method.phases:
-                loss = method.loss(loss, self.clock)
-        scores = self._mixture(_needs_examples(loss, "selecting examples"))
-        for method in methods:
-            if Phase.TARGET in method.phases:
-                loss = method.loss(loss, self.clock)
-        loss = self._mixture(loss)
-        for method in methods:
-            if Phase.PENALTY in method.phases:
-                loss = method.loss(loss, self.clock)
-        return loss, scores
-
-    def _mixture(self, loss: Loss) -> Loss:
-        """share * loss(first) + (1 - share) * loss(second); where but one of both counts, that one's."""
-        each = _needs_examples(loss, "mixing targets")
-
-        def mixed(outputs: Any, targets: Any) -> Tensor:
-            if not isinstance(targets, Mixed):
-                return loss(outputs, targets)
-            first, second = each(outputs, targets.first), each(outputs, targets.second)
-            share = _by_example(targets.share, first)
-            counts, others = self.valid(targets.first), self.valid(targets.second)
-            if counts is None or others is None:
-                return share * first + (1 - share) * second
-            own, other = share * counts, (1 - share) * others
-            return (own * first + other * second) / (own + other).clamp(min=1e-12)
-
-        return mixed
-
     # -- the steps of a step
 
     def _begin(self, at: At) -> None:
@@ -474,16 +496,17 @@ class Updater:
 
     def _take_in(self, batch: Batch, at: At) -> Batch:
         """Check that the batch is the plan's, put it on the device, fill rows and index."""
-        if len(batch) != at.batch:
+        share = at.batch // self.plan.ranks
+        if len(batch) != share:
             raise ValueError(
-                f"step {at.step} takes {at.batch} examples and was given {len(batch)}; "
-                "let the loader draw from plan.batches()"
+                f"step {at.step} takes {share} examples{' of each rank' * (self.plan.ranks > 1)} and was given "
+                f"{len(batch)}; let the loader draw from plan.batches()"
             )
         rows, index = batch.rows, batch.index
         if rows is None:
-            if at.batch not in self._rows:
-                self._rows[at.batch] = torch.arange(at.batch, device=self.device)
-            rows = self._rows[at.batch]
+            if share not in self._rows:
+                self._rows[share] = torch.arange(share, device=self.device) + self.plan.rank * share
+            rows = self._rows[share]
         if index is None:
             index = self.plan.indices(at)
         batch = Batch(batch.inputs, batch.targets, rows, index)
@@ -491,14 +514,16 @@ class Updater:
 
     @torch.no_grad()
     def _start(self, batch: Batch, at: At) -> None:
-        """Write the recipe's first values, found on the first slice's inputs."""
+        """Write the recipe's first values, found on the first slice's inputs; on all ranks those of rank 0."""
+        self.wrapping.reshard()
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        weights = {name: parameter.detach() for name, parameter in parameters.items()}
         sample = batch.take(slice(0, at.batch // at.slices)).inputs
+        if self.plan.everyone is not None and self.recipe.of(StartMethod):
+            sample = map_data(lambda t: t.to(self.device), _of_rank_0(sample, self.plan.everyone))
         for method in self.recipe.of(StartMethod):
             written = 0
             with stream(stable_hash(self.plan.seed, "start", method.name), self.device):
-                for name, value in method.start(self.model, weights, sample):
+                for name, value in method.start(self.model, _Whole(parameters), sample):
                     if name not in parameters or value.shape != parameters[name].shape:
                         found = tuple(parameters[name].shape) if name in parameters else "none"
                         raise ValueError(
@@ -506,7 +531,10 @@ class Updater:
                             f"{type(self.model).__name__} has {found}"
                         )
                     if not self.pretrained or name in self._inserted:
-                        parameters[name].copy_(value)
+                        if self.plan.everyone is not None:
+                            value = value.to(self.device).contiguous()
+                            dist.broadcast(value, group_src=0, group=self.plan.everyone)
+                        shards.write(parameters[name], value)
                         written += 1
             if not written:
                 what = "layers that were inserted" if self.pretrained else "parameters"
@@ -523,19 +551,20 @@ class Updater:
                 _set(group, name, base * schedule[name])
 
     def _prepare(self, batch: Batch, at: At) -> list[tuple[Batch, At]]:
-        """Select and transform each slice on its own."""
+        """Select and transform each of this rank's slices on its own."""
         slices = [(batch, at)]
-        if at.slices > 1:
+        if (mine := at.slices // self.plan.ranks) > 1:
             width = at.batch // at.slices
             slices = [
-                (batch.take(slice(n * width, (n + 1) * width)), dataclasses.replace(at, slice=n))
-                for n in range(at.slices)
+                (batch.take(slice(n * width, (n + 1) * width)), dataclasses.replace(at, slice=at.slice + n))
+                for n in range(mine)
             ]
         self._chosen = at.batch
         if self._selects or self._batches:
             with torch.no_grad():
                 slices = [(self._select(piece, here), here) for piece, here in slices]
-                self._chosen = sum(len(piece) for piece, _ in slices)
+                if self._selects:
+                    self._chosen = sum(len(piece) for piece, _ in slices)
                 slices = [(self._transform(piece, here), here) for piece, here in slices]
         return slices
 
@@ -553,14 +582,15 @@ class Updater:
         """Cut slices into parts, and give what counts in all of them the same weight."""
         [(batch, at), *more] = slices
         size = self.microbatch or max(len(batch) for batch, _ in slices)
-        if self._mean is not None and not more and size >= len(batch) and isinstance(batch.targets, Tensor):
+        alone = self.plan.group is None and not more and size >= len(batch)
+        if alone and self._mean is not None and isinstance(batch.targets, Tensor):
             return [
                 Part(batch, at, at.slice * (at.batch // at.slices), 0, 1.0, None, None)
             ]  # torch's mean will do
-        counts = [self._weights(batch.targets) for batch, _ in slices]
-        examples = sum(len(batch) for batch, _ in slices)
+        counts = [how_much_counts(batch.targets, self.valid) for batch, _ in slices]
+        weights, examples = self._normal(counts, sum(len(batch) for batch, _ in slices))
         parts: list[Part] = []
-        for (batch, at), count, weight in zip(slices, counts, self._normal(counts)):
+        for (batch, at), count, weight in zip(slices, counts, weights):
             inner = None if count is None else count.shape[1:]
             row = at.slice * max(len(batch), at.batch // at.slices)
             for number, begin in enumerate(range(0, len(batch), size)):
@@ -570,17 +600,41 @@ class Updater:
                 parts.append(Part(cut, at, row + begin, number, len(cut) / examples, mine, inner))
         return parts
 
-    def _normal(self, weights: list[Tensor | None]) -> list[Tensor | None]:
+    def _normal(
+        self, weights: list[Tensor | None], examples: int | Tensor
+    ) -> tuple[list[Tensor | None], int | Tensor]:
         """The weights of a step's slices, such that all of them sum to 1; NaN where nothing counts, as in torch.
 
-        None where all count alike, as far as that is known without waiting for the device.
+        None where all count alike, as far as that is known without waiting for the device. Then the examples, of
+        which a part is a share. With several ranks the sums are 1 as the mean of ranks.
         """
         known = [weight for weight in weights if weight is not None]
         on_cpu = self.device.type == "cpu"
-        if not known or (on_cpu and all(w.dtype == torch.bool and bool(w.all()) for w in known)):
-            return [None] * len(weights)
-        count = functools.reduce(torch.add, [weight.sum(dtype=self._precision) for weight in known])
-        return [None if weight is None else (weight / count).to(self._precision) for weight in weights]
+        if self.plan.group is not None:
+            count, examples = self._counts_of_all_ranks(known, examples)
+        elif not known or (on_cpu and all(w.dtype == torch.bool and bool(w.all()) for w in known)):
+            return [None] * len(weights), examples
+        else:
+            count = functools.reduce(torch.add, [weight.sum(dtype=self._precision) for weight in known])
+        return [None if w is None else (w / count).to(self._precision) for w in weights], examples
+
+    def _counts_of_all_ranks(self, known: list[Tensor], examples: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over ranks of what counts, and of examples. Each takes part, whatever its own targets are."""
+        numbers = torch.tensor([0, examples, self._chosen], dtype=torch.float64).to(self.device)
+        for weight in known:
+            numbers[0] += weight.sum(dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.plan.group)
+        if self._selects:
+            self._chosen = numbers[2]
+        count, mean = (numbers[:2] / self.plan.ranks).to(self._precision)
+        return count, mean
+
+    def _in_order(self, parts: list[Part]) -> Iterable[Part]:
+        """The parts; where there is batch norm, its statistics do not pass from one slice into another."""
+        if self.plan.slices == self.plan.ranks or not (norms := batch_norms.moving(self.wrapped)):
+            return parts
+        slices = itertools.groupby(parts, lambda part: part.at.slice)
+        return batch_norms.from_one_beginning([list(of_one) for _, of_one in slices], norms)
 
     def _enter(self, at: At, row: int, number: int) -> None:
         """Tell the time to the layers that ask for it, and seed those that draw by themselves.
@@ -593,16 +647,6 @@ class Updater:
         for generator in self._generators:
             generator.manual_seed(seed)
 
-    def _weights(self, targets: Any) -> Tensor | None:
-        """How much each value of the loss counts, or None where each example counts the same."""
-        if not isinstance(targets, Mixed):
-            return self.valid(targets)
-        first, second = self.valid(targets.first), self.valid(targets.second)
-        if first is None or second is None:
-            return None
-        share = _by_example(targets.share, first)
-        return share * first + (1 - share) * second
-
     @torch.no_grad()
     def _losses(self, batch: Batch, at: At) -> Tensor:
         """(N,) losses of a batch by the plain loss; no gradient, no moved statistics."""
@@ -611,7 +655,7 @@ class Updater:
             values = self._scores(self.run_model(self.wrapped, batch.inputs), batch.targets)
         finally:
             self._restore(self._before)
-        weights = self._weights(batch.targets)
+        weights = how_much_counts(batch.targets, self.valid)
         if values.ndim == 1:
             return values
         if weights is None:
@@ -634,44 +678,24 @@ class Updater:
         if kept:
             torch._foreach_copy_(self._moving(), kept)
 
-    def _batch_norms(self) -> list[_BatchNorm]:
-        """The layers whose statistics move; frozen ones stand in eval mode within a training model."""
-        return [
-            module
-            for module in self.wrapped.modules()
-            if isinstance(module, _BatchNorm) and module.track_running_stats
-            if module.training or not self.wrapped.training
-        ]
+    def _merged_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        """The layers of batch norm whose statistics move, with those of all ranks."""
+        norms = batch_norms.moving(self.wrapped)
+        batch_norms.merge(norms, self.plan.group, self.plan.ranks)
+        return norms
 
-    def _estimate(self, norms: list[_BatchNorm], calibration: Iterable[Any]) -> None:
-        """Make the running statistics of these layers a plain average over the batches.
+    def _slices_of(self, calibration: Iterable[Any]) -> Iterator[Any]:
+        """The inputs of each batch on the device, in as many pieces as this rank takes slices of a batch."""
+        count = self.plan.slices // self.plan.ranks
 
-        A momentum of 1 leaves each batch's own in the layer. None would do the averaging, but reads a count
-        from the device in each layer, and breaks compiled graphs there.
-        """
-        momenta = [norm.momentum for norm in norms]
-        statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
-        sums = [torch.zeros_like(s) for s in statistics]
-        count = 0
-        try:
-            for norm in norms:
-                norm.momentum = 1.0
-                norm.train()
-            for item in calibration:
-                inputs = item if isinstance(item, Tensor | Mapping) else item[0]
-                self.run_model(self.wrapped, map_data(lambda t: t.to(self.device), inputs))
-                torch._foreach_add_(sums, statistics)
-                count += 1
-        finally:
-            for norm, momentum in zip(norms, momenta):
-                norm.momentum = momentum
-                norm.eval()
-        if not count:
-            raise ValueError(
-                "averaged weights need batch norm re-estimated: update.evaluating(plan.calibration(data))"
-            )
-        torch._foreach_div_(sums, count)
-        torch._foreach_copy_(statistics, sums)
+        def piece(t: Tensor, number: int) -> Tensor:
+            return t.chunk(count)[number]
+
+        for item in calibration:
+            inputs = item if isinstance(item, Tensor | Mapping) else item[0]
+            inputs = map_data(lambda t: t.to(self.device), inputs)
+            for number in range(len(first_tensor(inputs).chunk(count))):
+                yield map_data(functools.partial(piece, number=number), inputs)
 
     def _predict(self) -> Forward:
         forward: Forward = functools.partial(self.run_model, self.wrapped)
@@ -683,85 +707,40 @@ class Updater:
 # ------------------------------------------------------------------------------------------------ small parts
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model with the names it was built with: out of DDP (`module`) and torch.compile (`_orig_mod`).
-
-    Where parts inside were compiled on their own, a shallow copy of what holds them: its parameters, buffers,
-    hooks and other parts are the model's.
-    """
-    while isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module) or isinstance(
-        model, nn.parallel.DistributedDataParallel | nn.DataParallel
-    ):
-        model = inner if inner is not None else model.module  # type: ignore[assignment]
-    children = {name: None if child is None else unwrap(child) for name, child in model._modules.items()}
-    if any(child is not model._modules[name] for name, child in children.items()):
-        model = copy.copy(model)
-        model.__dict__["_modules"] = children
-    return model
-
-
 def run_model(model: nn.Module, inputs: Any) -> Any:
     """model(**inputs) for mappings, else model(inputs); its `.logits` where it has them."""
     outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     return getattr(outputs, "logits", outputs)
 
 
-def per_example(loss: Loss) -> Loss:
-    """A torch loss asked for one value an example; any other callable as it is."""
-    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
-        module: Any = copy.copy(loss)
-        module.reduction = "none"
-        return module
-    try:
-        takes_reduction = "reduction" in inspect.signature(loss).parameters
-    except (TypeError, ValueError):
-        takes_reduction = False
-    return functools.partial(loss, **{"reduction": "none"}) if takes_reduction else loss
+class _Whole(Mapping[str, Tensor]):
+    """Full values by name; each is gathered when it is asked for, by all ranks."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def __getitem__(self, name: str) -> Tensor:
+        return shards.whole(self.parameters[name].detach())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would gather
+        return name in self.parameters
 
 
-def plain_mean(loss: Loss) -> Loss | None:
-    """Cross-entropy as torch averages it where all examples count alike: one kernel, a loop's own bits."""
-    keywords = getattr(loss, "keywords", {})
-    if isinstance(loss, nn.CrossEntropyLoss):
-        return loss if loss.weight is None and loss.reduction == "mean" else None
-    function = loss.func if isinstance(loss, functools.partial) else loss
-    plain = function is F.cross_entropy and not {"weight", "reduction", "size_average", "reduce"} & set(
-        keywords
-    )
-    return loss if plain and not getattr(loss, "args", ()) else None
+def _of_rank_0(data: Any, group: dist.ProcessGroup) -> Any:
+    """Rank 0's data, which may have another shape than this rank's."""
+    held = [map_data(Tensor.cpu, data)] if dist.get_rank(group) == 0 else [None]
+    dist.broadcast_object_list(held, group_src=0, group=group)
+    return held[0]
 
 
-def default_valid(loss: Loss) -> Valid:
-    """Which targets count: integer ones other than the loss's ignore_index (-100 where it has none)."""
-    ignore = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", -100))
-
-    def valid(targets: Any) -> Tensor | None:
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
-            return None
-        return targets != ignore
-
-    return valid
-
-
-def _needs_examples(loss: Loss, who: str) -> Loss:
-    @functools.wraps(loss)
-    def checked(outputs: Any, targets: Any, **options: Any) -> Tensor:
-        values = loss(outputs, targets, **options)
-        if values.ndim == 0:
-            raise ValueError(
-                f"{who} needs per-example losses, and this loss gives a scalar; write it to give (N,) values"
-            )
-        return values
-
-    return checked
-
-
-def _by_example(share: Tensor, like: Tensor) -> Tensor:
-    return share.reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def _times(value: Tensor, share: float) -> Tensor:
-    return value if share == 1.0 else value * share
+def _times(value: Tensor, share: float | Tensor) -> Tensor:
+    return value if isinstance(share, float) and share == 1.0 else value * share
 
 
 def _set(group: dict[str, Any], name: str, value: float) -> None:

@@ -36,6 +36,12 @@ def shown(metric: str, target: float | None, falls: bool) -> Iterator[Watch]:
         yield lambda standings: live.update(draw(standings, metric, target, falls))
 
 
+@contextmanager
+def hidden(*_: object) -> Iterator[Watch]:
+    """As `shown`, where another rank shows them."""
+    yield lambda standings: None
+
+
 def leader(standings: Sequence[Standing], falls: bool) -> Standing | None:
     """Who reached the target in the least time, or else is nearest to it; stored runs do not lead."""
     racing = [one for one in standings if one.metric is not None]

@@ -7,29 +7,24 @@ costs is then measured again beside the new runs.
 from __future__ import annotations
 
 import math
-import os
-import platform
 import random
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-import torch
 
 from stretto.core import stable_hash
 from stretto.measure.clock import Stopwatch
 from stretto.measure.memory import peak_memory
-from stretto.measure.store import FINISHED, SCHEMA, Run, Store
+from stretto.measure.recording import clock, evaluation, first_record, identify, marks, seconds
+from stretto.measure.store import ENDED, Run, Store
 from stretto.train import Trainer, checkpoint
 
 if TYPE_CHECKING:
     from stretto.recipes import Arm
     from stretto.workloads import Workload
 
-ENDED = (*FINISHED, "failed")
 PROBE_BLOCKS = 10  # for each stored run, in which the cost of its steps is measured again
 BLOCKS_PER_EVALUATION = 4  # the finer the blocks, the less a burst of noise falls on one contestant alone
 CHECKPOINT_SECONDS = 10.0  # between checkpoints of one run
@@ -98,21 +93,17 @@ class Contestant:
         self.trainer = make_trainer(workload, entry.arm, seed)
         self.watch = Stopwatch()
         self.state = "running"
-        self._checkpoint = _checkpoint(run)
         self._saved = time.monotonic()
         self._resume()
         steps = self.trainer.plan.steps
         self.rows = [row for row in run.rows() if row["step"] <= self.trainer.step]
-        count = max(1, round(1 / workload.eval_every))
-        self.marks = {math.ceil(steps * k / count) for k in range(1, count + 1)}
-        blocks = BLOCKS_PER_EVALUATION * count
+        self.marks = marks(self.trainer)
+        blocks = BLOCKS_PER_EVALUATION * max(1, round(1 / workload.eval_every))
         self.stops = sorted({math.ceil(steps * k / blocks) for k in range(1, blocks + 1)})
 
     def _resume(self) -> None:
-        state = checkpoint.load(self._checkpoint)
-        if state:
-            self.trainer.load_state_dict(state["trainer"])
-            self.watch = Stopwatch(**state["watch"])
+        if found := checkpoint.find(self.run.checkpoints):
+            self.watch = Stopwatch(**checkpoint.load(self.trainer, found)["watch"])
             self.run.update(sitting=None, state="running")  # its seconds are of two sittings
 
     def block(self) -> None:
@@ -128,14 +119,7 @@ class Contestant:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        trainer = self.trainer
-        at = trainer.plan.at(trainer.step)
-        examples = trainer.update.examples  # those that a selection left out are not counted
-        tokens = examples * at.tokens_per_example if at.tokens_per_example else None
-        row = {
-            "step": at.step, "fraction": at.fraction, "wall": self.watch.wall, "cpu": self.watch.cpu,
-            "examples": examples, "tokens": tokens, "train_loss": trainer.loss, **trainer.evaluate(),
-        }  # fmt: skip
+        row = evaluation(self.trainer, self.watch)
         self.run.append(row)
         self.rows.append(row)
         self._judge()
@@ -154,21 +138,18 @@ class Contestant:
 
     def save(self) -> None:
         """Keep what a later call needs to go on from here."""
-        watch = {"wall": self.watch.wall, "cpu": self.watch.cpu}
-        checkpoint.save({"trainer": self.trainer.state_dict(), "watch": watch}, self._checkpoint)
+        checkpoint.save(self.trainer, self.run.checkpoints, watch=seconds(self.watch))
+        checkpoint.prune(self.run.checkpoints, keep=1)
         self._saved = time.monotonic()
 
     def interrupt(self) -> None:
         """Stop here, to go on at a later call."""
-        self.run.update(state="interrupted", clock=self._clock())
+        self.run.update(state="interrupted", clock=clock(self.watch))
 
     def _end(self, state: str, **fields: Any) -> None:
         self.state = state
-        self.run.update(state=state, clock=self._clock(), **fields)
-        self._checkpoint.unlink(missing_ok=True)
-
-    def _clock(self) -> dict[str, float]:
-        return {"wall": self.watch.wall, "cpu": self.watch.cpu, "compile": 0.0}
+        self.run.update(state=state, clock=clock(self.watch), **fields)
+        checkpoint.prune(self.run.checkpoints, keep=0)
 
     def standing(self) -> Standing:
         """Where it is."""
@@ -290,7 +271,7 @@ def _run_rounds(
     resumed = [
         entry
         for entry, seed in missing
-        if (run := store.find(_identity(workload, entry, seed, target))) and _checkpoint(run).exists()
+        if (run := store.find(_identity(workload, entry, seed, target))) and checkpoint.find(run.checkpoints)
     ]
     waiting: list[Contestant | Probe] = [
         Probe(workload, entry) for entry in entries if entry.runs or entry in resumed
@@ -339,59 +320,13 @@ def _open_run(
 ) -> Run:
     identity = _identity(workload, entry, seed, target)
     stored = store.find(identity)
-    if stored and _checkpoint(stored).exists():
+    if stored and checkpoint.find(stored.checkpoints):
         return stored
-    return store.create(
-        identity,
-        {
-            "schema": SCHEMA, "sitting": sitting, "workload": workload.fields(),
-            "recipe": entry.arm.recipe.to_json(), "budget": identity["budget"], "seed": seed,
-            "arm": entry.label, "execution": identity["execution"], "versions": identity["versions"],
-            "machine": machine(), "state": "running", "error": None, "crossing": None, "clock": None,
-            "memory": None,
-        },
-    )  # fmt: skip
+    return store.create(identity, first_record(identity, workload, entry.arm, entry.label, sitting))
 
 
 def _identity(workload: Workload, entry: Entry, seed: int, target: float | None) -> dict[str, Any]:
-    """Everything that can change a run's outcome."""
-    from stretto import __version__
-
-    arm = entry.arm
-    return {
-        "workload": workload.name,
-        "fields": workload.fields(),
-        "recipe_hash": arm.recipe.hash,
-        "batch": arm.batch or workload.batch,
-        "budget": arm.budget or workload.budget,
-        "target": target,
-        "seed": seed,
-        "replicate": entry.replicate,
-        "execution": {
-            "device": "cpu", "threads": torch.get_num_threads(), "precision": "float32", "compile": False,
-            "parallel": "none",
-        },
-        "versions": {"torch": torch.__version__, "stretto": __version__},
-    }  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    """What this machine is, for the record."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-
-
-def _checkpoint(run: Run) -> Path:
-    return run.path / "checkpoint.pt"
+    return identify(workload, entry.arm, seed, target, replicate=entry.replicate)
 
 
 def _steps_counted(run: Run) -> int:

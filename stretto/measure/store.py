@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
 FINISHED = ("target", "done")  # states of a run whose outcome is known
+ENDED = (*FINISHED, "failed")
 
 
 def run_id(identity: dict[str, Any]) -> str:
@@ -33,6 +35,11 @@ class Run:
     def id(self) -> str:
         """The run's name, which is its folder's."""
         return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.path / "checkpoints"
 
     def update(self, **fields: Any) -> None:
         """Merge `fields` into the record and rewrite run.json, which a kill never tears."""
@@ -70,6 +77,17 @@ class Run:
             except (ValueError, TypeError, KeyError):  # torn by a kill
                 continue
         return [rows[step] for step in sorted(rows)]
+
+
+class WatchedRun(Run):
+    """A run that another rank records: what this one has to say of it is not written."""
+
+    def update(self, **fields: Any) -> None:
+        """Merge `fields` into the record here."""
+        self.record = _plain({**self.record, **fields})
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 class Store:
@@ -126,6 +144,7 @@ class Store:
         path.mkdir(parents=True, exist_ok=True)
         (path / "metrics.jsonl").unlink(missing_ok=True)
         run = Run(path, {"schema": SCHEMA, "id": path.name, "identity": identity})
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
         run.update(**record)
         return run
 

@@ -59,13 +59,13 @@ class Attention(nn.Module):
 
     def forward(self, x_NTD: Tensor, tokens_NT: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix each position with those before it, or those of the mask."""
-        n, t, d = x_NTD.shape
+        n, t, d = x_NTD.shape  # d of all heads, also where tensor parallelism leaves some here
         q, k, v = self.query(x_NTD), self.key(x_NTD), self.value(x_NTD)
         if self.value_embedding is not None:
             v = v + self.value_embedding(tokens_NT)
-        q, k, v = (x.view(n, t, self.heads, d // self.heads).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(n, t, -1, d // self.heads).transpose(1, 2) for x in (q, k, v))
         y = self.attend(q, k, v, mask)
-        return self.output(y.transpose(1, 2).reshape(n, t, d))
+        return self.output(y.transpose(1, 2).reshape(n, t, -1))
 
 
 class MLP(nn.Module):

@@ -24,6 +24,7 @@ class AttentionRoles:
     query: Section
     key: Section
     value: Section
+    output: nn.Module  # from the heads, side by side, to the stream
     causal: bool
     mask: str = "attention_mask"  # bool, True where attended, or added to the scores; (N or 1, H or 1, T, T)
 
@@ -38,6 +39,15 @@ class MLPRoles:
 
 
 @dataclass(frozen=True)
+class GatedMLPRoles:
+    """The parts of one gated MLP: output(activation(gate(x)) * input(x))."""
+
+    gate: Child
+    input: Child
+    output: Child
+
+
+@dataclass(frozen=True)
 class Roles:
     """The parts of a model that methods ask for; those of a stack come in its order."""
 
@@ -47,6 +57,7 @@ class Roles:
     rotations: Child | None = None  # the layer that gives (cos, sin) of rotary positions
     attentions: tuple[AttentionRoles, ...] = ()
     mlps: tuple[MLPRoles, ...] = ()  # ungated ones
+    gated_mlps: tuple[GatedMLPRoles, ...] = ()
     blocks: tuple[nn.Module, ...] = ()  # all in order; transformer blocks map the stream (N, T, D) to itself
     residual_ends: tuple[nn.Module, ...] = ()  # the last layer of each residual branch: its weight scales it
     stem: Child | None = None  # the first convolution of a convolutional net
@@ -86,7 +97,7 @@ def _gpt(model: Any) -> Roles:
     for a in (block.attention for block in blocks):
         size = a.query.out_features // a.heads
         sections = _separate(a, ("query", "key", "value"), (a.heads, a.heads), size)
-        attentions.append(AttentionRoles(a, *sections, causal=True, mask="mask"))
+        attentions.append(AttentionRoles(a, *sections, a.output, causal=True, mask="mask"))
     return Roles(
         family="GPT",
         tokens=model.tokens,
@@ -102,7 +113,7 @@ def _gpt(model: Any) -> Roles:
 def _gpt2(body: Any) -> Roles:
     blocks: list[Any] = list(body.h)
     attentions = [
-        AttentionRoles(a, *_fused(a.c_attn, a.num_heads, a.head_dim), causal=True)
+        AttentionRoles(a, *_fused(a.c_attn, a.num_heads, a.head_dim), a.c_proj, causal=True)
         for a in (block.attn for block in blocks)
     ]
     return Roles(
@@ -123,7 +134,8 @@ def _bert(body: Any) -> Roles:
         a = block.attention.self
         heads, size = a.num_attention_heads, a.attention_head_size
         sections = _separate(a, ("query", "key", "value"), (heads, heads), size)
-        attentions.append(AttentionRoles(a, *sections, causal=bool(a.is_causal)))
+        end = block.attention.output.dense
+        attentions.append(AttentionRoles(a, *sections, end, causal=bool(a.is_causal)))
         inner, outer = block.intermediate, block.output
         mlps.append(
             MLPRoles(Child(inner, "dense"), Child(inner, "intermediate_act_fn"), Child(outer, "dense"))
@@ -147,12 +159,16 @@ def _llama(body: Any) -> Roles:
     for a in (block.self_attn for block in blocks):
         heads = (a.config.num_attention_heads, a.config.num_key_value_heads)
         sections = _separate(a, ("q_proj", "k_proj", "v_proj"), heads, a.head_dim)
-        attentions.append(AttentionRoles(a, *sections, causal=True))
+        attentions.append(AttentionRoles(a, *sections, a.o_proj, causal=True))
     return Roles(
         family="Llama",
         tokens=body.embed_tokens,
         rotations=Child(body, "rotary_emb"),
         attentions=tuple(attentions),
+        gated_mlps=tuple(
+            GatedMLPRoles(*(Child(block.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")))
+            for block in blocks
+        ),
         blocks=tuple(blocks),
         residual_ends=tuple(end for block in blocks for end in (block.self_attn.o_proj, block.mlp.down_proj)),
     )
@@ -164,7 +180,7 @@ def _hf_vit(body: Any) -> Roles:
     for a in (block.attention for block in blocks):
         heads = (a.num_attention_heads, a.num_attention_heads)
         sections = _separate(a, ("q_proj", "k_proj", "v_proj"), heads, a.head_dim)
-        attentions.append(AttentionRoles(a, *sections, causal=False))
+        attentions.append(AttentionRoles(a, *sections, a.o_proj, causal=False))
     return Roles(
         family="ViT",
         attentions=tuple(attentions),
@@ -179,7 +195,7 @@ def _hf_vit(body: Any) -> Roles:
 def _timm_vit(model: Any) -> Roles:
     blocks: list[Any] = list(model.blocks)
     attentions = [
-        AttentionRoles(a, *_fused(a.qkv, a.num_heads, a.head_dim), causal=False, mask="attn_mask")
+        AttentionRoles(a, *_fused(a.qkv, a.num_heads, a.head_dim), a.proj, causal=False, mask="attn_mask")
         for a in (block.attn for block in blocks)
     ]
     return Roles(

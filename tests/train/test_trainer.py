@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from stretto.core import Recipe
 from stretto.methods import EMA, SGD, AdamW, GradientClipping, WarmupStableDecay
-from stretto.train import Trainer, checkpoint
+from stretto.train import Trainer
 from stretto.workloads import Digits, StdlibGPT, find
 from stretto.workloads.stdlib_gpt import LEFT_OUT
 
@@ -46,36 +44,6 @@ def test_advancing_in_pieces_equals_at_once_also_beside_another_trainer(digits: 
         beside.evaluate()
         torch.rand(3)
     assert equal(weights(whole), weights(cut))
-
-
-def test_resumed_through_a_checkpoint_file_equals_uninterrupted(digits: Digits, tmp_path: Path) -> None:
-    whole, first, second = (Trainer(digits, RECIPE, seed=0) for _ in range(3))
-    whole.advance(6)
-    first.advance(3)
-    checkpoint.save(first.state_dict(), tmp_path / "checkpoint.pt")
-    state = checkpoint.load(tmp_path / "checkpoint.pt")
-    assert state is not None
-    second.load_state_dict(state)
-    second.advance(3)
-    assert equal(weights(whole), weights(second))
-    assert whole.evaluate() == second.evaluate()
-
-
-def test_a_kill_while_saving_leaves_the_old_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save({"step": 1}, path)
-
-    def torn(state: object, file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save({"step": 2}, path)
-    assert checkpoint.load(path) == {"step": 1}
-    assert checkpoint.load(tmp_path / "none.pt") is None
 
 
 def test_evaluating_changes_nothing_and_learns(digits: Digits) -> None:
