@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from stretto import shards
 from stretto.core import At, GradientsMethod, Phase, State
 
 
 def clip_by_norm(gradients: Sequence[Tensor], norm: float) -> Tensor:
     """Scale all gradients in place by one factor, so that their joint norm is at most `norm`.
 
-    Gives the norm they had, 0-d, float32 or better; nothing syncs with the host.
+    Gives the norm they had, over all ranks, 0-d, float32 or better; nothing syncs with the host.
     """
-    dtype = functools.reduce(torch.promote_types, {g.dtype for g in gradients}, torch.float32)
-    norms = torch._foreach_norm(list(gradients), 2, dtype=dtype)
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    torch._foreach_mul_(list(gradients), (norm / (total + 1e-6)).clamp(max=1.0))
+    total = shards.norm(gradients)
+    torch._foreach_mul_([shards.local(g) for g in gradients], (norm / (total + 1e-6)).clamp(max=1.0))
     return total
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from stretto import shards
 from stretto.core import At, PassesMethod, Phase
 
 
@@ -20,15 +20,17 @@ def ascend(
     Adaptive measures distance relative to each weight: w + rho * w² g / |w g|, so that rescaled layers move
     alike. The norm is float32 or better; nothing syncs with the host. Zero gradients move nothing.
     """
-    weights, ways = tuple(weights), tuple(gradients)
-    sizes = torch._foreach_abs(weights) if adaptive else ()
+    ways = tuple(gradients)
+    sizes = torch._foreach_abs(tuple(weights)) if adaptive else ()
     if adaptive:
         ways = torch._foreach_mul(ways, sizes)
-    dtype = functools.reduce(torch.promote_types, {way.dtype for way in ways}, torch.float32)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(ways, 2, dtype=dtype)))
+    norm = shards.norm(ways)
     if adaptive:
         ways = torch._foreach_mul(ways, sizes)
-    torch._foreach_add_(weights, torch._foreach_mul(ways, rho / norm.clamp(min=1e-12)))
+    here = [shards.local(way) for way in ways]
+    torch._foreach_add_(
+        [shards.local(weight) for weight in weights], torch._foreach_mul(here, rho / norm.clamp(min=1e-12))
+    )
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ class SAM(PassesMethod):
         moved: list[Tensor] = [p for p in params if p.grad is not None]
         if (at.step + 1) % self.every or not moved:
             return
-        kept = list(torch._foreach_clone(moved))
+        here = [shards.local(p) for p in moved]
+        kept = list(torch._foreach_clone(here))
         try:
             ascend(moved, [p.grad for p in moved if p.grad is not None], self.rho, self.adaptive)
             yield
         finally:
-            torch._foreach_copy_(moved, kept)
+            torch._foreach_copy_(here, kept)

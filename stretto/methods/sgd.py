@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stretto import shards
 from stretto.core import FactorsMethod, Group, OptimizerMethod, Phase
 from stretto.methods._checks import check_rates, decays
 
@@ -77,5 +78,7 @@ class SGD(OptimizerMethod, FactorsMethod):
             momentum=self.momentum,
             nesterov=self.nesterov and self.momentum > 0,
             weight_decay=self.weight_decay,
-            fused=True,
+            fused=not any(
+                shards.is_sharded(p) for group in groups for p in group["params"]
+            ),  # no DTensors there
         )

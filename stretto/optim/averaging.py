@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stretto.optim.wrapper import Stepping, Wrapper, like
+from stretto.optim.wrapper import Stepping, Wrapper, like, shards
 
 
 class Averaging(Wrapper):
@@ -41,17 +41,17 @@ class Averaging(Wrapper):
         """Move z by the step that was taken from y, then x towards z, then y between them."""
         for _, params in stepping:
             self.keep(params, "x")
-            torch._foreach_sub_(self.keep(params, "z"), params)
+            torch._foreach_sub_(self.keep(params, "z"), shards(params))
         yield
         for group, params in stepping:
-            z, x = self.keep(params, "z"), self.keep(params, "x")
-            torch._foreach_add_(z, params)
+            z, x, weights = self.keep(params, "z"), self.keep(params, "x"), shards(params)
+            torch._foreach_add_(z, weights)
             torch._foreach_lerp_(x, z, self.share(group))
-            if like(params, z) is params:  # without a copy: on the CPU fresh memory costs more than the sum
-                torch._foreach_copy_(params, z)
-                torch._foreach_lerp_(params, x, group["interpolation"])
+            if like(weights, z) is weights:  # without a copy: on the CPU fresh memory costs more than the sum
+                torch._foreach_copy_(weights, z)
+                torch._foreach_lerp_(weights, x, group["interpolation"])
             else:
-                torch._foreach_copy_(params, torch._foreach_lerp(z, x, group["interpolation"]))
+                torch._foreach_copy_(weights, torch._foreach_lerp(z, x, group["interpolation"]))
 
     def averages(self) -> dict[Tensor, Tensor]:
         """Of each parameter that has stepped, x."""
@@ -132,16 +132,16 @@ class EMANesterov(Wrapper):
             trend, rate = self.keep(params, "trend", zero=True), group["trend_rate"]
             # x' - x = (x' - y) + ahead * trend, so x itself need not be kept
             torch._foreach_mul_(trend, 1 - rate + rate * group.get("ahead", 0.0))
-            torch._foreach_sub_(trend, params, alpha=rate)
+            torch._foreach_sub_(trend, shards(params), alpha=rate)
         yield
         for group, params in stepping:
             trend = self.keep(params, "trend")
-            torch._foreach_add_(trend, params, alpha=group["trend_rate"])
+            torch._foreach_add_(trend, shards(params), alpha=group["trend_rate"])
             lr = float(group["lr"])
             group["peak_lr"] = max(lr, group.get("peak_lr", 0.0))
             group["ahead"] = group["extrapolation"] * lr / group["peak_lr"] if lr else 0.0
             if group["ahead"]:
-                torch._foreach_add_(params, trend, alpha=group["ahead"])
+                torch._foreach_add_(shards(params), trend, alpha=group["ahead"])
 
 
 class Lookahead(Wrapper):
@@ -171,6 +171,6 @@ class Lookahead(Wrapper):
             group["lookahead_steps"] = steps = group.get("lookahead_steps", 0) + 1
             params = [p for p in group["params"] if p in self.state]
             if params and steps % self.every == 0:
-                slow = self.keep(params, "slow")
-                torch._foreach_lerp_(slow, like(params, slow), group["lookahead"])
-                torch._foreach_copy_(params, slow)
+                slow, weights = self.keep(params, "slow"), shards(params)
+                torch._foreach_lerp_(slow, like(weights, slow), group["lookahead"])
+                torch._foreach_copy_(weights, slow)

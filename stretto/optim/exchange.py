@@ -8,6 +8,7 @@ DDP a row is one rank and nothing but that all_gather is left; under FSDP a colu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from stretto.optim.buckets import Bucket
 from stretto.optim.layout import ALONE, Grid, Layout, Placement
@@ -47,26 +46,33 @@ class Seat:
         return self.number // self.grid.shards
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is placed on a mesh."""
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, in vain where nobody has one
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
-def gradient(p: Tensor) -> Tensor | None:
+@torch.no_grad()
+def local(tensor: Any) -> Tensor:
+    """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def gradient(p: Any) -> Tensor | None:
     """This rank's shard of a parameter's gradient, placed as the parameter is."""
     grad = p.grad
-    if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.placements != p.placements:
+    if is_dtensor(grad) and grad.placements != p.placements:
         grad = grad.redistribute(placements=p.placements)
     return None if grad is None else local(grad)
 
 
-def locate(p: Tensor, group: Any, seats: dict[Any, Seat]) -> tuple[Placement, Seat]:
+def locate(p: Any, group: Any, seats: dict[Any, Seat]) -> tuple[Placement, Seat]:
     """Where a parameter lies, and this rank's seat among those that hold it; seats found so far are reused.
 
     group: the ranks that hold equal plain tensors and share their work, or None. Raises ValueError for a mesh whose
     ranks do not rise, for one without names where several of its dims cut a parameter, and for partial sums.
     """
-    if not isinstance(p, DTensor):
+    if not is_dtensor(p):
         if group is None or group.size() == 1:
             return Placement(), seats.setdefault(None, Seat())
         if group not in seats:
@@ -80,7 +86,7 @@ def locate(p: Tensor, group: Any, seats: dict[Any, Seat]) -> tuple[Placement, Se
     key = (mesh, tuple(cutting))
     if key not in seats:
         seats[key] = _seat(mesh, cutting)
-    order = sorted(cutting, key=lambda i: isinstance(placements[i], _StridedShard))
+    order = sorted(cutting, key=lambda i: hasattr(placements[i], "split_factor"))  # those are cut last
     cuts = tuple((getattr(placements[i], "dim", 0), cutting.index(i)) for i in order)
     return Placement(seats[key].grid, cuts), seats[key]
 
@@ -408,6 +414,21 @@ def total(seat: Seat, shared: bool) -> Callable[[Tensor], Tensor] | None:
         return sums
 
     return add
+
+
+def over_shards(sums: Tensor, params: Sequence[Any]) -> Tensor:
+    """Sums (K,) over this rank's shards of K parameters, over all of their shards, in place."""
+    found: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if is_dtensor(p):
+            cut = tuple(dim for dim, placement in enumerate(p.placements) if not placement.is_replicate())
+            found.setdefault((p.device_mesh, cut), []).append(i)
+    for (mesh, cut), indices in found.items():
+        mine = sums[indices]
+        for dim in cut:
+            dist.all_reduce(mine, group=mesh.get_group(dim))
+        sums[indices] = mine
+    return sums
 
 
 def check_equal(facts: list[str], seats: Sequence[Seat]) -> None:

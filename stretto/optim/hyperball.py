@@ -10,30 +10,39 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stretto.optim.wrapper import Stepping, Wrapper
+from stretto.optim.exchange import is_dtensor, over_shards
+from stretto.optim.wrapper import Stepping, Wrapper, shards
 
 TINY = 1e-30  # a divisor in place of 0
 
 
-def norms(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """The Frobenius norm of each of K tensors on one device: (K,), in float32 or better."""
+def norms(tensors: list[Tensor] | tuple[Tensor, ...], params: list[Tensor] | None = None) -> Tensor:
+    """The Frobenius norm of each of K tensors on one device: (K,), in float32 or better.
+
+    params: what the tensors are shards of, where they may be; then the norms are those of the wholes.
+    """
     exact = reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
-    return torch.stack(torch._foreach_norm(tensors, 2, exact))
+    found = torch.stack(torch._foreach_norm(tensors, 2, exact))
+    if params is None or not any(map(is_dtensor, params)):
+        return found
+    return over_shards(found.square(), params).sqrt()
 
 
 def turn(params: list[Tensor], before: list[Tensor], radii: Tensor, lr: float) -> None:
     """Keep the direction of each step from before to params, and no norm: R normalize(W - lr R normalize(u)).
 
-    radii (K,) holds R; where it is 0, the step is left as it is, and a step of 0 stays one. In place on both.
+    before holds this rank's shards. radii (K,) holds R; where it is 0, the step is left as it is, and a step of 0
+    stays one. In place on both.
     """
-    steps = torch._foreach_sub(before, params)
+    weights = shards(params)
+    steps = torch._foreach_sub(before, weights)
     on_ball = radii > 0
-    lengths = torch.where(on_ball, lr * radii / norms(steps).clamp(min=TINY), 1.0)
+    lengths = torch.where(on_ball, lr * radii / norms(steps, params).clamp(min=TINY), 1.0)
     torch._foreach_mul_(steps, list(lengths.unbind()))
     torch._foreach_sub_(before, steps)
-    scales = torch.where(on_ball, radii / norms(before).clamp(min=TINY), 1.0)
+    scales = torch.where(on_ball, radii / norms(before, params).clamp(min=TINY), 1.0)
     torch._foreach_mul_(before, list(scales.unbind()))
-    torch._foreach_copy_(params, before)
+    torch._foreach_copy_(weights, before)
 
 
 class Hyperball(Wrapper):
@@ -63,7 +72,9 @@ class Hyperball(Wrapper):
         for group, params in stepping:
             matrices = [p for p in params if p.ndim > 1]
             if matrices and group["hyperball"]:
-                turning.append((group, matrices, list(torch._foreach_clone(matrices)), self._radii(matrices)))
+                turning.append(
+                    (group, matrices, list(torch._foreach_clone(shards(matrices))), self._radii(matrices))
+                )
         yield
         for group, matrices, before, radii in turning:
             turn(matrices, before, radii, float(group["lr"]))
@@ -71,6 +82,6 @@ class Hyperball(Wrapper):
     def _radii(self, matrices: list[Tensor]) -> Tensor:
         new = [p for p in matrices if "radius" not in self.state[p]]
         if new:
-            for p, radius in zip(new, norms(new).unbind()):
+            for p, radius in zip(new, norms(shards(new), new).unbind()):
                 self.state[p]["radius"] = radius.clone()
         return torch.stack([self.state[p]["radius"] for p in matrices])

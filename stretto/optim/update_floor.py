@@ -10,20 +10,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stretto.optim.hyperball import TINY, norms
-from stretto.optim.wrapper import Stepping, Wrapper
+from stretto.optim.wrapper import Stepping, Wrapper, shards
 
 
 def lengthen(params: list[Tensor], before: list[Tensor], share: float) -> None:
     """Scale each step from before to params up to the norm share * ||before||_F, where it is below.
 
-    A step of 0 stays 0. In place on both.
+    before holds this rank's shards. A step of 0 stays 0. In place on both.
     """
-    floors = share * norms(before)
-    steps = torch._foreach_sub(params, before)
-    factors = (floors / norms(steps).clamp(min=TINY)).clamp(min=1.0)
+    weights = shards(params)
+    floors = share * norms(before, params)
+    steps = torch._foreach_sub(weights, before)
+    factors = (floors / norms(steps, params).clamp(min=TINY)).clamp(min=1.0)
     torch._foreach_mul_(steps, list(factors.unbind()))
     torch._foreach_add_(before, steps)
-    torch._foreach_copy_(params, before)
+    torch._foreach_copy_(weights, before)
 
 
 class UpdateFloor(Wrapper):
@@ -53,7 +54,7 @@ class UpdateFloor(Wrapper):
         for group, params in stepping:
             matrices = [p for p in params if p.ndim > 1]
             if matrices and group["update_floor"]:
-                floored.append((group, matrices, list(torch._foreach_clone(matrices))))
+                floored.append((group, matrices, list(torch._foreach_clone(shards(matrices)))))
         yield
         for group, matrices, before in floored:
             lengthen(matrices, before, float(group["lr"]) * group["update_floor"])

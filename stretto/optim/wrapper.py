@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stretto.optim.exchange import local
+
 Stepping = list[
     tuple[dict[str, Any], list[Tensor]]
 ]  # each group with those of its parameters that have a gradient
@@ -49,13 +51,13 @@ class Wrapper(Optimizer):
         return loss
 
     def keep(self, params: list[Tensor], name: str, *, zero: bool = False) -> list[Tensor]:
-        """What is kept of these parameters under a name; at first a copy of each, or zeros."""
+        """What is kept of these parameters under a name, this rank's shards; at first a copy of each, or zeros."""
         for p in params:
             if name not in self.state[p]:
                 exact = torch.promote_types(p.dtype, torch.float32)
                 values = torch.zeros_like(p) if zero else p.detach()
                 self.state[p][name] = values.to(exact, copy=True)
-        return [self.state[p][name] for p in params]
+        return [local(self.state[p][name]) for p in params]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the other one more group."""
@@ -97,6 +99,11 @@ class Wrapper(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {**super().__getstate__(), **own}
+
+
+def shards(params: list[Tensor]) -> list[Tensor]:
+    """This rank's part of each: torch's foreach functions plan DTensors anew at each call, or refuse them."""
+    return [local(p) for p in params]
 
 
 def like(values: list[Tensor], others: list[Tensor]) -> list[Tensor]:
