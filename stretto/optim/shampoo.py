@@ -398,6 +398,15 @@ class Shampoo(Optimizer):
                 for i, (p, (where, _)) in enumerate(zip(params, located))
             ]
             exchange.check_equal(facts, self._seats)
+        for region in self._regions:
+            if (
+                self._group(region)["rounding"] == "stochastic"
+                and self._seats[region.index].grid.replicas > 1
+            ):
+                raise ValueError(
+                    f"rounding is 'stochastic' and {region.name} is the same on several ranks, which would round it "
+                    "each in its own way; use 'compensated'"
+                )
         shapes, placements = {}, {}
         if self.placing == "global":
             shapes = {i: tuple(p.shape) for i, p in enumerate(params)}
