@@ -219,9 +219,7 @@ def _portable(update: Updater, state: dict[str, Any]) -> dict[str, Any]:
     entries = {}
     for index, entry in optimizer["state"].items():
         name, p = by_index[index]
-        entries[name] = {
-            key: _described_part(update.optimizer, p, key, value) for key, value in entry.items()
-        }
+        entries[name] = {key: _described(update.optimizer, p, key, value) for key, value in entry.items()}
     groups = [dict(group, params=names) for group, names in zip(optimizer["param_groups"], _names(update))]
     rest = {key: value for key, value in optimizer.items() if key != "state"}
     model = {name: value for name, value in state["model"].items() if owners.get(name, name) == name}
@@ -261,22 +259,21 @@ def _names(update: Updater) -> list[list[str]]:
     ]
 
 
-def _held(optimizer: Any, p: Tensor, key: str, shape: torch.Size) -> Held | None:
-    """Asked of the innermost optimizer that tells it, for the keys that are its own."""
+def _keeper(optimizer: Any, key: str) -> Any:
+    """The innermost optimizer that tells what it holds in part, if this key is its own; else None."""
     while not hasattr(optimizer, "held"):
-        if key in getattr(optimizer, "kept", ()) or not isinstance(
-            getattr(optimizer, "optimizer", None), Optimizer
-        ):
+        inner = getattr(optimizer, "optimizer", None)
+        if key in getattr(optimizer, "kept", ()) or not isinstance(inner, Optimizer):
             return None
-        optimizer = optimizer.optimizer
-    held: Held | None = optimizer.held(p, key, tuple(shape))
-    return held
+        optimizer = inner
+    return optimizer
 
 
-def _described_part(optimizer: Any, p: Tensor, key: str, value: Any) -> Any:
-    if not isinstance(value, Tensor) or isinstance(value, DTensor):
+def _described(optimizer: Any, p: Tensor, key: str, value: Any) -> Any:
+    """A tensor with what it is of a larger one; anything else as it is."""
+    if not isinstance(value, Tensor) or isinstance(value, DTensor) or not (keeper := _keeper(optimizer, key)):
         return value
-    held = _held(optimizer, p, key, value.shape)
+    held: Held | None = keeper.held(p, key, tuple(value.shape))
     return value if held is None else Chunks(value, held)
 
 
@@ -344,13 +341,17 @@ class _Wanted:
             case ("model", name):
                 like = self.model[name]
             case ("optimizer", name, key) if name in self.parameters:
-                held = _held(self.optimizer, self.parameters[name], key, stored.size)
-                if held is not None:
-                    return Chunks(torch.empty(held.local, dtype=stored.properties.dtype), held)
+                if keeper := _keeper(self.optimizer, key):
+                    return self._part(keeper.held(self.parameters[name], key, tuple(stored.size)), stored)
                 like = None if key == "step" else self.parameters[name]
             case ("state", _, key):
                 named = (name for name in self.longest if key == name or key.endswith(f".{name}"))
                 like = self.parameters.get(next(named, ""))
         if isinstance(like, DTensor) and like.shape == stored.size:
             return torch.zeros_like(like.detach(), dtype=stored.properties.dtype)
-        return torch.empty(stored.size, dtype=stored.properties.dtype)
+        return self._part(None, stored)
+
+    def _part(self, held: Held | None, stored: TensorStorageMetadata) -> Tensor:
+        """What is held in part, or the whole plain tensor."""
+        empty = torch.empty(stored.size if held is None else held.local, dtype=stored.properties.dtype)
+        return empty if held is None else Chunks(empty, held)

@@ -146,21 +146,21 @@ def parallelize(
     """The model as `execution` runs it, after surgery: `recipe.model` comes first. Changed in place.
 
     Every rank gives the same model. Blocks are those that `roles` knows; of a model that it does not know, the
-    whole is compiled, checkpointed and sharded as one. Tensor parallelism is inside of checkpointing, since what
-    is computed again must be what was computed; sharding is outside of all, so that a block is gathered once
-    for both. leaves_unused: in some steps parameters get no gradient, for which DDP has to look.
+    whole is compiled, checkpointed and sharded as one. From the inside out: what is compiled is layers alone, what
+    is computed again for the backward pass is what was computed, tensor parallelism included, and a block is
+    gathered around both. leaves_unused: in some steps parameters get no gradient, for which DDP has to look.
     Raises ValueError for a model that cannot be cut as the mesh asks.
     """
     blocks = block_boundaries(model)
     if not any(p.is_meta for p in model.parameters()):
         model.to(execution.place)
     set_precision(model, execution, mesh)
+    if execution.compile:
+        compile_blocks(model, blocks)
     if mesh is not None and "tp" in _dims(mesh):
         cut_layers(model, mesh["tp"], blocks)
     if execution.checkpointing:
         checkpoint_blocks(model, blocks)
-    if execution.compile:
-        compile_blocks(model, blocks)
     if mesh is not None and execution.parallel == "ddp":
         return replicate(model, mesh, leaves_unused)
     if mesh is not None and execution.parallel != "tp":
@@ -213,6 +213,15 @@ def _dims(mesh: DeviceMesh) -> tuple[str, ...]:
     return mesh.mesh_dim_names or ()
 
 
+def compile_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Compile the forward of each block, so that no name changes and equal blocks share a graph.
+
+    The forward, not the call: what is put around it, hooks of `fully_shard` too, needs no graph.
+    """
+    for block in blocks or [model]:
+        block.forward = torch.compile(block.forward)
+
+
 def cut_layers(model: nn.Module, mesh: DeviceMesh, blocks: list[nn.Module]) -> None:
     """Tensor parallelism: see `tensor_parallel`."""
     from stretto.train.tensor_parallel import tensor_parallel
@@ -251,12 +260,6 @@ def _unmoved(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for buffer, value in zip(buffers, kept):
             buffer.copy_(value)
-
-
-def compile_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """Compile each block in place, so that no name changes and equal blocks share a graph."""
-    for block in blocks or [model]:
-        block.compile()
 
 
 def replicate(model: nn.Module, mesh: DeviceMesh, leaves_unused: bool) -> nn.Module:

@@ -52,9 +52,8 @@ class Scattered(TorchFunctionMode):
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         self.held = 0  # bytes that are whole
         self._known: dict[int, Memory] = {}  # by address, which another may take once its storage is gone
-        self._whole: dict[
-            Memory, None
-        ] = {}  # oldest touch first; ranks must agree, so the gone ones stay in it
+        # Oldest touch first. Ranks must agree on what is whole, so what is gone stays in it until its turn.
+        self._whole: dict[Memory, None] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

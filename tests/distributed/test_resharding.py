@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from stretto.core import Batch, Recipe
+from stretto.methods import EMA, SOAP, Lookahead, Muon, Shampoo
 from stretto.optim.wrapper import Wrapper
 from stretto.plan import Plan
 from stretto.train import Trainer, checkpoint
@@ -32,14 +33,15 @@ from stretto.workloads import Workload
 SLICES = 4
 
 
-def made(parallel: str, workload: Workload | None = None, **options: Any) -> Trainer:
-    execution = Execution(parallel if dist.is_initialized() else "none", **options)  # type: ignore[arg-type]
-    return Trainer(workload or Lines(), RECIPE, slices=SLICES, execution=execution)
+def made(parallel: str, recipe: Recipe = RECIPE, workload: Workload | None = None) -> Trainer:
+    replicas = 2 if parallel == "hsdp" else None
+    execution = Execution(parallel if dist.is_initialized() else "none", replicas=replicas)  # type: ignore[arg-type]
+    return Trainer(workload or Lines(), recipe, slices=SLICES, execution=execution)
 
 
-def leg(folder: Path, until: int, parallel: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+def leg(folder: Path, until: int, parallel: str, recipe: Recipe = RECIPE) -> dict[str, Any]:
     """Go on with what is stored, to a step, and save; what the run is then, whole, and the keys on this rank."""
-    trainer = made(parallel, **(options or {}))
+    trainer = made(parallel, recipe)
     if found := checkpoint.find(folder):
         checkpoint.load(trainer, found)
     losses = []
@@ -104,11 +106,31 @@ def test_as_many_ranks_as_before_go_on_bit_for_bit(parallel: str, tmp_path: Path
 
 def test_one_parallelism_goes_on_with_what_another_saved(tmp_path: Path) -> None:
     expected = on(1, tmp_path / "whole", 12, "none")
-    on(4, tmp_path / "cut", 3, "hsdp", {"replicas": 2})
+    on(4, tmp_path / "cut", 3, "hsdp")
     on(2, tmp_path / "cut", 6, "ddp")
     on(2, tmp_path / "cut", 9, "fsdp")
-    found = on(4, tmp_path / "cut", 12, "hsdp", {"replicas": 2})
+    found = on(4, tmp_path / "cut", 12, "hsdp")
     assert differ(found["state"], expected["state"]) < 1e-12
+
+
+FAMILY = [Recipe(SOAP(lr=0.01)), Recipe(Shampoo(lr=0.01, block=4), Lookahead()), Recipe(Muon(lr=0.01), EMA())]
+
+
+@pytest.mark.parametrize("recipe", FAMILY, ids=str)
+def test_blocks_that_ranks_own_are_dealt_out_anew(recipe: Recipe, tmp_path: Path) -> None:
+    """What an optimizer of the family keeps of a parameter lies with the owners of its blocks.
+
+    All begin on one rank: the first bases of SOAP, of factors that are not of full rank, hang on the last bit.
+    """
+    expected = leg(tmp_path / "whole", 12, "none", recipe)
+    legs = ((1, 3, "none"), (4, 5, "fsdp"), (2, 7, "ddp"), (1, 8, "none"), (4, 10, "hsdp"), (2, 12, "fsdp"))
+    for count, until, parallel in legs:
+        if count == 1:
+            found = leg(tmp_path / "cut", until, parallel, recipe)
+        else:
+            found = ranks.run(leg, count, tmp_path / "cut", until, parallel, recipe)[0]
+    assert differ(found["state"]["model"], expected["state"]["model"]) < 1e-9
+    assert abs(found["metric"] - expected["metric"]) < 1e-9
 
 
 # -- complete or absent, refused or taken, for all ranks
@@ -138,7 +160,7 @@ def test_a_kill_between_writing_and_renaming_leaves_the_checkpoint_before(tmp_pa
 
 
 def load_another(folder: Path) -> list[str]:
-    trainer = made("fsdp", WideLines())
+    trainer = made("fsdp", workload=WideLines())
     before = whole(trainer.state_dict())
     try:
         checkpoint.load(trainer, folder)

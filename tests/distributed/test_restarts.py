@@ -42,7 +42,7 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
     }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, text=True, cwd=HERE,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -57,9 +57,11 @@ def finish(process: subprocess.Popen[str], code: int | None = 0) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """The launcher and its ranks."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """The launcher, and its ranks, which have sessions of their own."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for pid in [process.pid, *map(int, children.read_text().split())] if children.exists() else []:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -117,13 +119,13 @@ def test_a_rank_killed_at_any_moment_changes_no_loss(
         alive = ranks_of(out)
         victim, when = chance.choice(sorted(alive)), reached(out)
         os.kill(victim, signal.SIGKILL)
-        finish(process)
+        printed = finish(process)
         restarts = len(list((out / "pids").iterdir())) // 2 - 1
         print(
             f"kill {attempt}: rank {alive[victim]} after step {when} of {STEPS}; {restarts} restart, "
             f"{time.monotonic() - begin:.0f} s in all"
         )
-        assert restarts == 1
+        assert restarts == 1, printed
         assert losses(out) == unbroken
 
 
