@@ -14,6 +14,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from stretto.optim.regions import Box, Region, Shape
+from stretto.optim.traffic import Traffic, count_traffic
 
 Key = tuple[int, int]  # of a region: the parameter's index, and its part
 SPLIT = 1 << 16  # entries from which on replicas share the diagonal rule's work on a parameter
@@ -76,6 +77,7 @@ class Layout(Sequence[Region]):
 
     shapes, placements: of parameters by index; a parameter that is not named lies on the one rank there is.
     turns: of blocks, so that those of one step are spread over ranks. kept: bytes of state of each region.
+    widths: bytes of an entry of a gradient, and of a step, when they travel.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class Layout(Sequence[Region]):
         every: Sequence[int] = (1,),
         turns: dict[Key, list[int]] | None = None,
         kept: dict[Key, int] | None = None,
+        widths: tuple[int, int] = (4, 4),
     ) -> None:
         self.regions, self.shapes = regions, shapes or {}
+        self.turns, self.widths = turns or {}, widths
         self.placements, self.kept, self.every = placements or {}, kept or {}, every
         self._boxes: dict[tuple[Shape, tuple[tuple[int, int], ...], Grid], list[Box]] = {}
         self.owners: dict[
@@ -99,7 +103,7 @@ class Layout(Sequence[Region]):
             if region.dims:
                 families[self.placement(region).grid].append(region)
         for grid, members in families.items():
-            self.owners |= self._assign(grid, members, turns or {})
+            self.owners |= self._assign(grid, members)
 
     def __getitem__(self, index: Any) -> Any:
         return self.regions[index]
@@ -110,6 +114,25 @@ class Layout(Sequence[Region]):
     def __iter__(self) -> Iterator[Region]:
         return iter(self.regions)
 
+    def on(self, replicas: int = 1, shards: int = 1) -> Layout:
+        """The same parameters on other ranks: so many replicas of each, cut along its first dim into so many shards.
+
+        So DDP lays them, or fully_shard with one mesh dim or two; without any of those ranks.
+        """
+        grid = Grid(tuple(range(replicas * shards)), (shards,) if shards > 1 else ())
+        placement = Placement(grid, ((0, 0),) if shards > 1 else ())
+        shapes = {region.index: self.shapes.get(region.index, region.shape) for region in self}
+        placements = {i: placement if shape else Placement(grid) for i, shape in shapes.items()}
+        return Layout(
+            self.regions,
+            shapes,
+            placements,
+            every=self.every,
+            turns=self.turns,
+            kept=self.kept,
+            widths=self.widths,
+        )
+
     def placement(self, region: Region) -> Placement:
         """Where the parameter of a region lies."""
         return self.placements.get(region.index, Placement())
@@ -118,7 +141,7 @@ class Layout(Sequence[Region]):
         """Operations of one of its blocks in a step."""
         return region.work(self.every[region.group] if region.group < len(self.every) else self.every[0])
 
-    def _assign(self, grid: Grid, regions: list[Region], turns: dict[Key, list[int]]) -> dict[Key, list[int]]:
+    def _assign(self, grid: Grid, regions: list[Region]) -> dict[Key, list[int]]:
         """Owners by longest processing time: the costliest block goes to the rank that has least so far.
 
         Blocks of one cost go round by their turns, so that those which are refreshed at one step are spread.
@@ -128,7 +151,7 @@ class Layout(Sequence[Region]):
         if count == 1:
             return owners
         blocks = sorted(
-            (-self.work(r), turns.get((r.index, r.part), [0] * r.count)[b], r.index, r.part, b)
+            (-self.work(r), self.turns.get((r.index, r.part), [0] * r.count)[b], r.index, r.part, b)
             for r in regions
             for b in range(r.count)
         )
@@ -162,6 +185,13 @@ class Layout(Sequence[Region]):
                 for owner in self.owners[region.index, region.part]:
                     loads[ranks[owner]] += cost
         return dict(loads)
+
+    def traffic(self) -> Traffic:
+        """What travels in a step, by collective: print it. Messages of an all-gather are padded to the longest.
+
+        Flags of which gradients are there and finite, a few bytes a parameter, come on top.
+        """
+        return count_traffic(self, self.widths)
 
     def state_bytes(self) -> dict[int, int]:
         """Bytes of state of each rank, by global rank, where `kept` is known; counters are counted as if divided."""

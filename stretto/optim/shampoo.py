@@ -412,8 +412,17 @@ class Shampoo(Optimizer):
             shapes = {i: tuple(p.shape) for i, p in enumerate(params)}
             placements = {i: placement for i, (placement, _) in enumerate(located)}
         every = [group["every"] for group in self.param_groups]
-        self._placed_on = Layout(self._regions, shapes, placements, every=every, turns=self._phases)
+        self._placed_on = Layout(
+            self._regions, shapes, placements, every=every, turns=self._phases, widths=self._widths()
+        )
         return self._placed_on
+
+    def _widths(self) -> tuple[int, int]:
+        """Bytes of an entry of a gradient and of a step on their way."""
+        if self.transport:
+            return 2, 2
+        widest = max((p.element_size() for p in self._parameters()), default=4)
+        return widest, max(widest, 4)
 
     def held(self, p: Tensor, key: str, shape: tuple[int, ...]) -> Held | None:
         """Which part of what is kept of a parameter under a key this rank has; None: all ranks have all of it.

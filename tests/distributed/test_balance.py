@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stretto.optim import Shampoo
-from stretto.optim.layout import Grid, Layout, Placement
+from stretto.optim.layout import Layout
 from stretto.optim.regions import arrange
 
 Shapes = dict[str, tuple[int, ...]]
@@ -53,13 +53,9 @@ def lay_out(shapes: Shapes, ranks: int, *, sharded: bool) -> Layout:
         for index, (name, shape) in enumerate(shapes.items())
         for region in arrange(index, name, shape, 0, OPTIONS, by_name=True)
     ]
-    grid = Grid(tuple(range(ranks)), (ranks,) if sharded else ())
-    placement = Placement(grid, ((0, 0),) if sharded else ())
-    indices = range(len(shapes))
     turns = Layout(regions).phases(10, {0})
-    return Layout(
-        regions, dict(enumerate(shapes.values())), dict.fromkeys(indices, placement), every=[10], turns=turns
-    )
+    alone = Layout(regions, dict(enumerate(shapes.values())), every=[10], turns=turns)
+    return alone.on(shards=ranks) if sharded else alone.on(replicas=ranks)
 
 
 @pytest.mark.parametrize("ranks", [8, 64, 1024])
