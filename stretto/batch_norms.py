@@ -2,6 +2,9 @@
 
 They are linear in the statistics of each batch. So slices that begin alike, and keep the mean of what they end
 with, are the same on one rank as on several, and ranks need to average only what somebody is about to look at.
+
+What is normalised by, in training, are the rows of a slice: ranks are one process with as many slices. Layers that
+take the rows of all ranks together, as torch's SyncBatchNorm does on GPUs, are one process with a single slice.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class Updater:
     def finish(self, at: At) -> None:
         """The second half of a step: from the gradients to the averages."""
         if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+            self._unscale()
         for clip in self._gradients:
             with torch.no_grad():
                 clip.gradients(self.model, at, self.state[clip.name])
@@ -582,6 +582,7 @@ class Updater:
         """Cut slices into parts, and give what counts in all of them the same weight."""
         [(batch, at), *more] = slices
         size = self.microbatch or max(len(batch) for batch, _ in slices)
+        count_parts = self._count_parts([len(batch) for batch, _ in slices])
         alone = self.plan.group is None and not more and size >= len(batch)
         if alone and self._mean is not None and isinstance(batch.targets, Tensor):
             return [
@@ -593,12 +594,33 @@ class Updater:
         for (batch, at), count, weight in zip(slices, counts, weights):
             inner = None if count is None else count.shape[1:]
             row = at.slice * max(len(batch), at.batch // at.slices)
-            for number, begin in enumerate(range(0, len(batch), size)):
-                whole = size >= len(batch)
-                cut = batch if whole else batch.take(slice(begin, begin + size))
-                mine = weight if whole or weight is None else weight[begin : begin + size]
+            bounds = _bounds(len(batch), size, count_parts)
+            for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                whole = end - begin == len(batch)
+                cut = batch if whole else batch.take(slice(begin, end))
+                mine = weight if whole or weight is None else weight[begin:end]
                 parts.append(Part(cut, at, row + begin, number, len(cut) / examples, mine, inner))
         return parts
+
+    def _count_parts(self, lengths: list[int]) -> int:
+        """Into how many parts each slice is cut: as many as the longest needs, on whatever rank it lies.
+
+        Each pass is a collective under `fully_shard`, so a rank that selected fewer examples takes as many.
+        """
+        most, fewest = max(lengths), min(lengths)
+        if self._selects and self.plan.group is not None:
+            ends = torch.tensor([-most, fewest]).to(self.device)
+            dist.all_reduce(ends, dist.ReduceOp.MIN, group=self.plan.group)
+            least, fewest = ends.tolist()
+            most = -least
+        count = max(1, -(-most // (self.microbatch or most or 1)))
+        if fewest < count:
+            raise ValueError(
+                f"{type(self._selects[0]).__name__} kept {fewest} examples of one slice and {most} of another, and "
+                f"each takes as many passes, {count} with microbatch={self.microbatch}, of an example or more: "
+                "select more evenly, or give a larger microbatch"
+            )
+        return count
 
     def _normal(
         self, weights: list[Tensor | None], examples: int | Tensor
@@ -678,6 +700,13 @@ class Updater:
         if kept:
             torch._foreach_copy_(self._moving(), kept)
 
+    def _unscale(self) -> None:
+        """Unscale gradients; torch asks but one mesh for infinities, and here they count wherever they are found."""
+        self.scaler.unscale_(self.optimizer)
+        if self.plan.everyone is not None:
+            for found in self.scaler._found_inf_per_device(self.optimizer).values():
+                found.copy_(self.agreed(found))
+
     def _merged_norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The layers of batch norm whose statistics move, with those of all ranks."""
         norms = batch_norms.moving(self.wrapped)
@@ -737,6 +766,13 @@ def _of_rank_0(data: Any, group: dist.ProcessGroup) -> Any:
     held = [map_data(Tensor.cpu, data)] if dist.get_rank(group) == 0 else [None]
     dist.broadcast_object_list(held, group_src=0, group=group)
     return held[0]
+
+
+def _bounds(length: int, size: int, count: int) -> list[int]:
+    """Where a slice is cut: after every `size` examples, or evenly where that would be fewer than `count` parts."""
+    if -(-length // size) == count:
+        return [*range(0, length, size), length]
+    return [number * length // count for number in range(count + 1)]
 
 
 def _times(value: Tensor, share: float | Tensor) -> Tensor:

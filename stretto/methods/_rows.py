@@ -73,10 +73,12 @@ def _divide(x: Tensor, rows: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join(kept: Tensor, passing: Tensor, rows: Tensor, rest: Tensor) -> Tensor:
-    order, back = _orders(kept)
-    kept, passing = kept.permute(order), passing.permute(order)
-    x = kept.new_empty(len(rows) + len(rest), *kept.shape[1:])
-    return x.index_copy_(0, rows, kept).index_copy_(0, rest, passing).permute(back)
+    order, _ = _orders(kept)
+    layout = torch.contiguous_format if order == sorted(order) else torch.channels_last
+    shape = len(rows) + len(rest), *kept.shape[1:]
+    x = torch.empty(shape, dtype=kept.dtype, device=kept.device, memory_format=layout)
+    x.permute(order).index_copy_(0, rows, kept.permute(order)).index_copy_(0, rest, passing.permute(order))
+    return x  # no view, since a hook that `fully_shard` puts on a block's output is lost where one is changed in place
 
 
 def _orders(x: Tensor) -> tuple[list[int], list[int]]:

@@ -68,7 +68,7 @@ class SkippedLayer(Sometimes):
             return run(x, *args, **kwargs)
         skips = self.pattern.skips
         if skips[self.pattern.number][self.place]:
-            return x
+            return x.clone()  # `fully_shard` makes a view of the input, and wants none for output
         chance = 1 - sum(pattern[self.place] for pattern in skips) / len(skips)
         y, more = self.with_chance(chance, lambda x: run(x, *args, **kwargs), x)
         return (y, *more) if more else y
