@@ -16,6 +16,9 @@ from tyro.conf import Positional, arg
 if TYPE_CHECKING:
     from stretto.measure.store import Run
     from stretto.methods._pages import Line
+    from stretto.recipes import Arm
+    from stretto.train.parallel import Execution
+    from stretto.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -114,19 +117,24 @@ class Train:
 
     def run(self) -> int:
         """Train and print where the run lies."""
-        from stretto.train.launch import become_torchrun, is_rank, joined
+        from stretto.train.launch import become_torchrun, is_rank, joined, leave
 
         if self.ranks is not None and not is_rank():
+            if self.ranks < 1:
+                raise ValueError(f"--ranks is {self.ranks}; it must be 1 or more")
+            _, _, execution = self._parts()  # a mistake is told before ranks are started, and once
+            execution.sides(self.ranks)
             become_torchrun(
                 self.ranks, self.restarts, ["train", *_arguments(self, without=("ranks", "restarts"))]
             )
         with joined(self.device, self.timeout):
-            return self._train()
+            code = self._train()
+        if is_rank():
+            leave(code)
+        return code
 
-    def _train(self) -> int:
+    def _parts(self) -> tuple[Workload, Arm, Execution]:
         from stretto import recipes, workloads
-        from stretto.measure import live, single
-        from stretto.train.launch import rank
         from stretto.train.parallel import Execution
 
         workload = workloads.find(self.workload)
@@ -135,6 +143,13 @@ class Train:
             self.parallel, self.precision, self.compile, self.checkpointing, self.device, self.replicas,
             self.tensor, self.meta,
         )  # fmt: skip
+        return workload, arm, execution
+
+    def _train(self) -> int:
+        from stretto.measure import live, single
+        from stretto.train.launch import rank
+
+        workload, arm, execution = self._parts()
         shown = live.shown if rank() == 0 else live.hidden
         with shown(workload.metric, None, workload.falls) as watch:
             run = single.train(

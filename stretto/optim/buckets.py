@@ -200,6 +200,8 @@ class Bucket:
         """
         present = [p.grad is not None for p in self.params]
         if not any(present):
+            if refreshing and self.rule.sides:
+                self.refresh(self.due(calls), keep)
             return
         gradient = self._gather([p.grad for p in self.params])
         if self.group["decay"] == "l2" and self.group["weight_decay"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stretto.optim.wrapper import Stepping, Wrapper
+from stretto.optim.wrapper import Stepping, Wrapper, shards
 
 
 def decay_cautiously(params: list[Tensor], before: list[Tensor], rate: float) -> None:
@@ -44,7 +44,7 @@ class CautiousWeightDecay(Wrapper):
     def around(self, stepping: Stepping) -> Iterator[None]:
         """Step without decay, then decay what may."""
         decaying = [
-            (group, params, list(torch._foreach_clone(params)), group["weight_decay"])
+            (group, shards(params), list(torch._foreach_clone(shards(params))), group["weight_decay"])
             for group, params in stepping
             if group.get("weight_decay")
         ]

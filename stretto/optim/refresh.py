@@ -138,7 +138,7 @@ def _side(
         return named("root", position, halved(root)), none, converged, is_zero
     values, vectors, converged = _eigen(bucket, position, factor, rows, index)
     values = values * over(scale, values)
-    is_zero = values.sum(dim=1) <= 0
+    is_zero = converged & (values.sum(dim=1) <= 0)
     found = {f"basis{position}": vectors}
     if rule.direction == "soap":
         return found, values, converged, is_zero

@@ -161,7 +161,7 @@ def arrange(
     merged = merge(
         shape, block, "matrix" if direction == "spectral" else options["merge"], keep_first=split > 1
     )
-    if len(merged) < 2:
+    if len(merged) < 2 or 0 in merged:
         numel = prod(shape)
         if direction in SIDED and 1 < numel <= options["full_matrix_up_to"]:
             return [Region(name, index, group, 0, (numel,), (0,), (0,), (1,), (numel,), (0,), "root")]

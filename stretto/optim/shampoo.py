@@ -240,7 +240,7 @@ class Shampoo(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient, on whichever rank."""
+        """One update of every parameter that has a gradient on any rank; where it has none, that counts as zeros."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -290,7 +290,7 @@ class Shampoo(Optimizer):
     ) -> None:
         """The buckets in waves: while one is computed the gradients of the next travel, and the steps of the last."""
         index = {p: i for i, p in enumerate(self._parameters())}
-        self._add_decay(gradients)
+        self._add_decay(gradients, index, present)
         written = 0
         for number, wave in enumerate(self._waves):
             if number == 0:
@@ -310,15 +310,23 @@ class Shampoo(Optimizer):
         for wave in self._waves[written:]:
             self._write(wave, index, present, keep)
 
-    def _add_decay(self, gradients: dict[Tensor, Tensor | None]) -> None:
-        """The decay of groups that have it in their gradients."""
+    def _add_decay(
+        self,
+        gradients: dict[Tensor, Tensor | None],
+        index: dict[Tensor, int],
+        present: list[bool] | Tensor,
+    ) -> None:
+        """The decay of groups that have it in their gradients, where a parameter has one on any rank."""
         for group in self.param_groups:
             if group["decay"] != "l2" or not group["weight_decay"]:
                 continue
             for p in group["params"]:
-                if (found := gradients[p]) is not None:
-                    exact = found.to(torch.promote_types(found.dtype, torch.float32))
-                    gradients[p] = exact.add(exchange.local(p), alpha=group["weight_decay"])
+                taking, shard, found = present[index[p]], exchange.local(p), gradients[p]
+                if p not in self._placed or taking is False:
+                    continue
+                exact = torch.promote_types(p.dtype, torch.float32)
+                found = torch.zeros_like(shard, dtype=exact) if found is None else found.to(exact)
+                gradients[p] = found.add(shard.to(exact) * taking, alpha=group["weight_decay"])
 
     def _write(
         self, wave: Wave, index: dict[Tensor, int], present: list[bool] | Tensor, keep: Tensor | None
@@ -380,8 +388,8 @@ class Shampoo(Optimizer):
 
     @property
     def _together(self) -> bool:
-        """Whether this rank steps with others."""
-        return any(len(seat.grid.ranks) > 1 for seat in self._seats)
+        """Whether this rank steps with others, or by itself what is placed on a mesh of one rank."""
+        return any(len(seat.grid.ranks) > 1 or seat.meshed for seat in self._seats)
 
     def _lay_out(self) -> Layout:
         """Settle, once, who owns which blocks. Raises ValueError on every rank where the ranks' models differ."""
@@ -395,9 +403,11 @@ class Shampoo(Optimizer):
             names = {region.index: region.name for region in self._regions}
             facts = [
                 f"{names[i]} of shape {tuple(p.shape)}, {p.dtype}, cut along {[dim for dim, _ in where.cuts]}"
+                + ("" if p.requires_grad else ", frozen")
                 for i, (p, (where, _)) in enumerate(zip(params, located))
             ]
-            exchange.check_equal(facts, self._seats)
+            exchange.check_equal(facts, "parameters", self._seats)
+            exchange.check_equal(self._options(), "options", self._seats)
         for region in self._regions:
             if (
                 self._group(region)["rounding"] == "stochastic"
@@ -412,10 +422,21 @@ class Shampoo(Optimizer):
             shapes = {i: tuple(p.shape) for i, p in enumerate(params)}
             placements = {i: placement for i, (placement, _) in enumerate(located)}
         every = [group["every"] for group in self.param_groups]
-        self._placed_on = Layout(
+        layout = Layout(
             self._regions, shapes, placements, every=every, turns=self._phases, widths=self._widths()
         )
-        return self._placed_on
+        for region in self._regions:
+            if region.dims:
+                layout.box(region, 0)  # raises for a misfit, which a rank with an empty shard would not find
+        self._placed_on = layout
+        return layout
+
+    def _options(self) -> list[str]:
+        """What ranks that step together must agree about, but for lr, which may be a tensor."""
+        options = [f"transport={self.transport!r}", f"blocks={self.placing!r}"]
+        for number, group in enumerate(self.param_groups):
+            options += [f"{name}={group[name]!r} in group {number}" for name in self.defaults if name != "lr"]
+        return options
 
     def _widths(self) -> tuple[int, int]:
         """Bytes of an entry of a gradient and of a step on their way."""
@@ -558,7 +579,9 @@ class Shampoo(Optimizer):
             self._placed.add(p)
             if bucket.group["rounding"] == "compensated" and p.dtype != bucket.dtype:
                 if "rest" not in self.state[p]:
-                    self.state[p]["rest"] = torch.zeros_like(exchange.local(p))
+                    # whatever the weight's strides: a copy of a part would not be kept
+                    rest = torch.zeros_like(exchange.local(p), memory_format=torch.contiguous_format)
+                    self.state[p]["rest"] = rest
                 bucket.rests[i] = self.state[p]["rest"]
         self._link(bucket)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+GRACE = 5.0  # seconds in which a mistake that all ranks find is found by all
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -67,8 +69,29 @@ def joined(device: str, timeout: float) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
-    yield
+    try:
+        yield
+    except ValueError as error:
+        if not _is_first_to_say(str(error)):
+            raise SystemExit(2) from None
+        raise
     dist.destroy_process_group()  # not after an error, when others may wait for what never comes
+
+
+def _is_first_to_say(text: str) -> bool:
+    """Whether no rank has said this. Rank 0, which keeps the store, stays for those who are to ask it too."""
+    store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + GRACE
+    is_first = store.add(text, 1) == 1
+    while rank() == 0 and store.add(text, 0) < dist.get_world_size() and time.monotonic() < until:
+        time.sleep(0.01)
+    return is_first
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank, but leave Python standing: torch's threads may abort in its fall, for which torchrun restarts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _check_restarts() -> None:

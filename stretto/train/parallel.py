@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ class Execution:
         """
         grouped = dist.is_available() and dist.is_initialized()
         ranks = dist.get_world_size() if grouped else int(os.environ.get("WORLD_SIZE", 1))
-        sides = self._sides(ranks)
+        sides = self.sides(ranks)
         if ranks > 1 and not grouped:
             raise ValueError(
                 f"parallel={self.parallel!r} and WORLD_SIZE={ranks}, but there is no process group; call "
@@ -88,7 +89,8 @@ class Execution:
 
         return init_device_mesh(self.place.type, tuple(sides.values()), mesh_dim_names=tuple(sides))
 
-    def _sides(self, ranks: int) -> dict[str, int]:
+    def sides(self, ranks: int) -> dict[str, int]:
+        """The mesh's dims and their lengths, for so many ranks. Raises ValueError where it does not fit them."""
         machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         match self.parallel:
             case "none":
@@ -145,12 +147,14 @@ def parallelize(
 ) -> nn.Module:
     """The model as `execution` runs it, after surgery: `recipe.model` comes first. Changed in place.
 
-    Every rank gives the same model. Blocks are those that `roles` knows; of a model that it does not know, the
-    whole is compiled, checkpointed and sharded as one. From the inside out: what is compiled is layers alone, what
-    is computed again for the backward pass is what was computed, tensor parallelism included, and a block is
+    All ranks call it, with the same model. Blocks are those that `roles` knows; of a model that it does not know,
+    the whole is compiled, checkpointed and sharded as one. From the inside out: what is compiled is layers alone,
+    what is computed again for the backward pass is what was computed, tensor parallelism included, and a block is
     gathered around both. leaves_unused: in some steps parameters get no gradient, for which DDP has to look.
-    Raises ValueError for a model that cannot be cut as the mesh asks.
+    Raises ValueError for a model that cannot be cut as the mesh asks, and on every rank for models that differ.
     """
+    if mesh is not None:
+        check_alike(model)
     blocks = block_boundaries(model)
     if not any(p.is_meta for p in model.parameters()):
         model.to(execution.place)
@@ -166,6 +170,27 @@ def parallelize(
     if mesh is not None and execution.parallel != "tp":
         shard_blocks(model, blocks, mesh, execution)
     return model
+
+
+def check_alike(model: nn.Module) -> None:
+    """Raise ValueError on every rank where one has parameters of other names or shapes than rank 0 has."""
+    mine = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    theirs: list[Any] = [mine]
+    dist.broadcast_object_list(theirs, src=0)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _difference(theirs[0], mine))
+    if told := [f"rank {rank} has {difference}" for rank, difference in enumerate(found) if difference]:
+        more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
+        raise ValueError(f"ranks have different models: {told[0]}{more}; build the same one on each")
+
+
+def _difference(first: list[tuple[str, Any]], mine: list[tuple[str, Any]]) -> str | None:
+    """What the first parameter is that is not that of rank 0."""
+    for theirs, own in itertools.zip_longest(first, mine):
+        if theirs != own:
+            known, has = (f"{pair[0]} {pair[1]}" if pair else "no more parameters" for pair in (theirs, own))
+            return f"{has} where rank 0 has {known}"
+    return None
 
 
 def block_boundaries(model: nn.Module) -> list[nn.Module]:
@@ -279,6 +304,9 @@ def shard_blocks(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, ex
         inner = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         outer = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=output)
     mesh = mesh["dp"] if "tp" in _dims(mesh) else mesh
+    for p in model.parameters():
+        if not p.is_contiguous():  # kernels in channels last, which it refuses
+            p.data = p.data.contiguous()
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=inner)
     fully_shard(model, mesh=mesh, mp_policy=outer)

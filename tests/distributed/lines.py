@@ -5,7 +5,10 @@ No number of ranks divides the sides of its MLP, and one is shorter than the ran
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +24,12 @@ from stretto.data import Arrays
 from stretto.methods import EMA, AdamW, WarmupStableDecay
 from stretto.workloads import Workload
 
-PAUSE = float(os.environ.get("PAUSE", "0"))  # seconds in each step, for those who want to kill it there
+# For those who want to end a run under way, however slow the machine is. LINGER and DEATH: at a first start alone.
+PASSES = itertools.count(1)  # one a step where a rank has one slice
+PAUSE = float(os.environ.get("PAUSE", "0"))  # seconds in each pass
+FIRST = os.environ if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else {}
+LINGER = float(FIRST.get("LINGER", "inf"))  # the pass from which each takes a second more
+DEATH = FIRST.get("DEATH")  # "rank pass seconds": that rank kills itself so long after that pass
 RECIPE = Recipe(AdamW(lr=0.02), WarmupStableDecay(), EMA(half_life=0.1))
 
 
@@ -46,7 +54,10 @@ class Lines(Workload):
         return nn.Sequential(nn.Linear(5, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 3)).double()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        time.sleep(PAUSE)
+        number = next(PASSES)
+        if DEATH:
+            die(number, *map(float, DEATH.split()))
+        time.sleep(PAUSE + (number >= LINGER))
         return F.mse_loss(outputs, targets, reduction="none").mean(1)
 
     def evaluate(self, predict: Forward) -> dict[str, float]:
@@ -56,6 +67,12 @@ class Lines(Workload):
 
 class WideLines(Lines):
     hidden = 8
+
+
+def die(number: int, rank: float, when: float, seconds: float) -> None:
+    """Of a rank, by -9, so many seconds after a pass."""
+    if (number, int(os.environ["RANK"])) == (when, rank):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: f
         ("ddp", 2),
         ("ddp", 4),
         ("small groups", 4),
+        ("fsdp", 1),
         ("fsdp", 2),
         ("fsdp", 4),
         ("hsdp", 4),

@@ -155,6 +155,26 @@ def test_what_one_rank_cannot_step_no_rank_steps(parallel: str) -> None:
         assert "2 steps in a row, the last of them 1" in outcome[2]
 
 
+class Wider(Words):
+    """On rank 1."""
+
+    def model(self) -> nn.Module:
+        return GPT(24, length=8, width=16 + 16 * torch.distributed.get_rank(), depth=2, heads=4).double()
+
+
+def refused(options: dict[str, Any]) -> str:
+    with pytest.raises(ValueError) as raised:
+        Trainer(Wider(), parse("adamw"), execution=Execution(device="cpu", **options))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp"])
+def test_a_rank_with_other_shapes_is_one_error_on_every_rank(parallel: str) -> None:
+    says = "ranks have different models: rank 1 has tokens.weight (24, 32) where rank 0 has tokens.weight (24, 16)"
+    for text in ranks.run(refused, 2, {"parallel": parallel}):
+        assert text.startswith(says)
+
+
 def test_an_infinite_gradient_in_one_shard_is_seen_by_all() -> None:
     assert ranks.run(spoilt_shard, 2) == [False, False]
 
@@ -163,6 +183,7 @@ def spoilt_shard() -> bool:
     trainer = Trainer(Words(), parse("adamw"), execution=Execution("fsdp", device="cpu"))
     for p in trainer.update.model.parameters():
         p.grad = torch.zeros_like(p)
+    head: Any = trainer.update.model.head
     if torch.distributed.get_rank() == 1:
-        shards.local(trainer.update.model.head.weight.grad)[0, 0] = math.inf  # type: ignore[union-attr, index]
+        shards.local(head.weight.grad)[0, 0] = math.inf
     return trainer._gradients_finite()
