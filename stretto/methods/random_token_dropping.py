@@ -78,7 +78,8 @@ class SomeTokens(nn.Module):
         mine = mine.view(n, keep, width)
         out = run_at(self._where, move, self._block[0], lambda x: run(x, *args, **kwargs), mine)
         y, *more = out if isinstance(out, tuple) else (out,)
-        y = join(y.to(x.dtype).flatten(0, 1), passing, rows, rest).view_as(x)
+        y = join(y.to(x.dtype).flatten(0, 1), passing, rows, rest)
+        y = torch.ops.aten._unsafe_view(y, x.shape)  # no view in autograd's books: see _rows._join
         return (y, *more) if more else y
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import ranks
+import torch
 from test_slices import Case, alone, assert_same, curve, ddp, fsdp
+from torch import nn
 
 from stretto import methods
+from stretto.models.gpt import GPT
 
 RECIPES = [
     "adamw, gradient_clipping:norm=0.1", "adamw, gradient_value_clipping:limit=0.01", "adamw, ema", "adamw, swa",
@@ -17,7 +20,16 @@ RECIPES = [
     "adamw, value_embeddings, token_smearing, sliding_window", "adamw, zero_init_residual", "adamw, alibi",
     "adamw, type_rates:embedding=0.5", "muon, hyperball", "muon, update_floor",
     "adamw, label_smoothing, logit_soft_cap", "sgd", "lion", "muon", "shampoo", "soap",
+    "adamw, cosine, gated_linear_units", "adamw, linear_to_zero, short_convolution", "adamw, ngram_embeddings",
+    "adamw, power_cool, random_token_dropping", "adamw, low_precision_norm", "adamw, float8:emulate=true",
+    "adamw, batch_size_warmup", "adamw, stochastic_depth", "adamw, progressive_layer_drop",
 ]  # fmt: skip
+
+
+def deep() -> nn.Module:
+    """As many blocks as dropping tokens between the first and the last wants."""
+    torch.manual_seed(0)
+    return GPT(13, length=8, width=16, depth=3, heads=2).double()
 
 
 def curves(texts: list[str], wrap, slices: int | None = None) -> list:
@@ -25,7 +37,8 @@ def curves(texts: list[str], wrap, slices: int | None = None) -> list:
     found = []
     for text in texts:
         try:
-            found.append(curve(Case(methods.parse(f"{text}"), steps=8), wrap, slices))
+            net = {"net": deep} if "token_dropping" in text else {}
+            found.append(curve(Case(methods.parse(text), steps=8, **net), wrap, slices))
         except Exception as error:
             found.append(str(error))
     return found
