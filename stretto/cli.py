@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import tyro
 from tyro.conf import Positional, arg
+
+from stretto.commands.algoperf import AlgoPerf
 
 if TYPE_CHECKING:
     from stretto.measure.store import Run
@@ -266,8 +268,15 @@ class Doctor:
         return 0
 
 
-COMMANDS: dict[str, Callable[..., Race | Train | Report | Methods | Doctor]] = {
-    "race": Race, "train": Train, "report": Report, "methods": Methods, "doctor": Doctor,
+class Command(Protocol):
+    """What the command line makes of its arguments."""
+
+    def run(self) -> int:
+        """Do it; the exit code."""
+
+
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "race": Race, "train": Train, "report": Report, "algoperf": AlgoPerf, "methods": Methods, "doctor": Doctor,
 }  # fmt: skip
 
 

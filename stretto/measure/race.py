@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from stretto.core import stable_hash
 from stretto.measure.clock import Stopwatch
 from stretto.measure.memory import peak_memory
+from stretto.measure.outcomes import find_crossing
 from stretto.measure.recording import clock, evaluation, first_record, identify, marks, seconds
 from stretto.measure.store import ENDED, Run, Store
 from stretto.train import Trainer, checkpoint
@@ -56,33 +57,6 @@ class Entry:
     # step, measured again in this sitting
     parameters: int | None = None
     memory: int | None = None
-
-
-class Crossing(NamedTuple):
-    """Between which steps a run reached the target, and whether a second evaluation confirmed it."""
-
-    before: int
-    at: int
-    confirmed: bool
-
-
-def find_crossing(
-    rows: Sequence[dict[str, Any]], metric: str, target: float, falls: bool, steps: int
-) -> Crossing | None:
-    """The first crossing of the target that holds at the next evaluation; the last evaluation of a budget
-    confirms itself. An unconfirmed one at the end of `rows` is returned as such.
-    """
-    before, found = 0, None
-    for row in rows:
-        value = row[metric]
-        if value is not None and (value <= target if falls else value >= target):
-            if found:
-                return Crossing(found.before, found.at, True)
-            found = Crossing(before, row["step"], row["step"] >= steps)
-        else:
-            found = None
-        before = row["step"]
-    return found
 
 
 class Contestant:

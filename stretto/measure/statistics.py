@@ -1,4 +1,4 @@
-"""What may be said of a speed-up: an estimate, an interval, one of three verdicts, and the seeds it takes.
+"""What may be said of a speed-up: an estimate, an interval, one of three verdicts.
 
 Everything is done on log time, where ratios are differences.
 """
@@ -10,43 +10,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from stretto.measure.outcomes import Interval, Outcome
+from stretto.measure.survival import compare
 
-class Interval(NamedTuple):
-    """A mean and its confidence limits, all in the unit of the data."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One run's time to the target, in any unit; if not `reached`, the time trained without reaching it."""
-
-    seed: int
-    time: float
-    reached: bool = True
-
-    def __post_init__(self) -> None:
-        if not (self.time > 0 and math.isfinite(self.time)):
-            raise ValueError(f"a run's time must be positive and finite, not {self.time} (seed {self.seed})")
+Verdict = Literal["faster", "slower", "not resolved"]
 
 
 @dataclass(frozen=True)
 class SpeedUp:
     """How many times sooner an arm reaches the target than its base, with a confidence interval.
 
-    method: "paired" or "welch" intervals, two-sided; "bound", one-sided, where runs missed the target;
-    "too few" where no interval can be drawn, which is then (0, inf).
+    method: "paired" or "welch" Student's intervals; "aft", an accelerated failure time model, where runs missed the
+    target; "bound", one end of its interval, where no run of an arm reached it; "too few" where no interval can be
+    drawn, which is then (0, inf).
     """
 
-    estimate: float | None  # none where runs missed the target
+    estimate: float | None  # none where an arm has no hit
     low: float
     high: float
-    verdict: Literal["faster", "slower", "not resolved"]
-    method: Literal["paired", "welch", "bound", "too few"]
+    verdict: Verdict
+    method: Literal["paired", "welch", "aft", "bound", "too few"]
     confidence: float = 0.95
     spread: float | None = None  # standard deviation of one run's log time, less what pairing cancels
+    p_value: float | None = None  # of no difference
 
     def __str__(self) -> str:
         return f"{self.figures} {self.verdict}".strip()
@@ -73,8 +59,8 @@ def speed_up(
 ) -> SpeedUp:
     """Time of `base` over time of `other`: exp(mean log T_base − mean log T_other), above 1 is faster.
 
-    Paired by seed where both arms have the same seeds ("auto"), else Welch. A miss makes its arm's times
-    lower limits: then there is no estimate, and a bound on one side only. ValueError for an arm without runs.
+    Paired by seed where both arms have the same seeds ("auto"), else Welch. Where runs missed, they count as longer
+    than their time, in a log-normal model without pairs. ValueError for an arm without runs.
     """
     if not base or not other:
         raise ValueError("a speed-up needs at least one run of each arm")
@@ -84,63 +70,87 @@ def speed_up(
         paired = seeds == other_seeds and len(set(seeds)) == len(seeds)
     elif paired and seeds != other_seeds:
         raise ValueError(f"pairing wants the same seeds in both arms, not {seeds} and {other_seeds}")
-    missed = [not all(outcome.reached for outcome in arm) for arm in (base, other)]
+    if not all(outcome.reached for outcome in (*base, *other)):
+        return _with_misses(base, other, confidence)
     first, second = ([math.log(outcome.time) for outcome in arm] for arm in (base, other))
-    estimate = None if any(missed) else math.exp(mean(first) - mean(second))
-    if all(missed):
-        return SpeedUp(None, 0.0, math.inf, "not resolved", "bound", confidence)
+    estimate = math.exp(mean(first) - mean(second))
     if min(len(first), len(second)) < 2:
         return SpeedUp(estimate, 0.0, math.inf, "not resolved", "too few", confidence)
-    level = 2 * confidence - 1 if any(missed) else confidence  # whose one end is the one-sided limit
     if paired:
-        interval = paired_interval(first, second, level)
-        spread = deviation([a - b for a, b in zip(first, second)]) / math.sqrt(2)
+        found, spread = (
+            _paired(first, second),
+            deviation([a - b for a, b in zip(first, second)]) / math.sqrt(2),
+        )
     else:
-        interval = welch_interval(first, second, level)
-        spread = math.sqrt((deviation(first) ** 2 + deviation(second) ** 2) / 2)
-    low = 0.0 if missed[1] else math.exp(interval.low)
-    high = math.inf if missed[0] else math.exp(interval.high)
-    verdict: Literal["faster", "slower", "not resolved"]
-    verdict = "faster" if low > 1 else "slower" if high < 1 else "not resolved"
-    method: Literal["bound", "paired", "welch"] = "bound" if any(missed) else "paired" if paired else "welch"
-    return SpeedUp(estimate, low, high, verdict, method, confidence, None if any(missed) else spread)
+        found, spread = _welch(first, second), math.hypot(deviation(first), deviation(second)) / math.sqrt(2)
+    _, low, high = (_exp(limit) for limit in found.interval(confidence))
+    method: Literal["paired", "welch"] = "paired" if paired else "welch"
+    return SpeedUp(estimate, low, high, _verdict(low, high), method, confidence, spread, found.p_value)
+
+
+def _with_misses(base: Sequence[Outcome], other: Sequence[Outcome], confidence: float) -> SpeedUp:
+    hits = [any(outcome.reached for outcome in arm) for arm in (base, other)]
+    if not any(hits):
+        return SpeedUp(None, 0.0, math.inf, "not resolved", "bound", confidence)
+    if min(len(base), len(other)) < 2:
+        return SpeedUp(None, 0.0, math.inf, "not resolved", "too few", confidence)
+    interval, spread, p_value = compare(base, other, confidence)
+    estimate, low, high = (_exp(value) for value in interval)
+    verdict = _verdict(low, high)
+    if not all(hits):
+        return SpeedUp(None, low, high, verdict, "bound", confidence, spread, p_value)
+    return SpeedUp(estimate, low, high, verdict, "aft", confidence, spread, p_value)
+
+
+def _verdict(low: float, high: float) -> Verdict:
+    return "faster" if low > 1 else "slower" if high < 1 else "not resolved"
 
 
 def paired_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
     """Student's interval of the mean of first − second, (n,) each, n ≥ 2."""
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    error = deviation(differences) / math.sqrt(len(differences))
-    return _interval(mean(differences), error, len(differences) - 1, confidence)
+    return _paired(first, second).interval(confidence)
 
 
 def welch_interval(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Interval:
     """Welch's interval of mean(first) − mean(second), (n,) and (m,), both ≥ 2; variances may be 0."""
+    return _welch(first, second).interval(confidence)
+
+
+class _Student(NamedTuple):
+    """An estimate with its standard error, on so many degrees of freedom."""
+
+    centre: float
+    error: float
+    degrees: float
+
+    def interval(self, confidence: float) -> Interval:
+        from scipy.special import stdtrit
+
+        reach = self.error * float(stdtrit(self.degrees, (1 + confidence) / 2)) if self.error > 0 else 0.0
+        return Interval(self.centre, self.centre - reach, self.centre + reach)
+
+    @property
+    def p_value(self) -> float:
+        from scipy.special import stdtr
+
+        if self.error == 0:
+            return float(self.centre == 0)
+        return 2 * float(stdtr(self.degrees, -abs(self.centre) / self.error))
+
+
+def _paired(first: Sequence[float], second: Sequence[float]) -> _Student:
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    error = deviation(differences) / math.sqrt(len(differences))
+    return _Student(mean(differences), error, len(differences) - 1)
+
+
+def _welch(first: Sequence[float], second: Sequence[float]) -> _Student:
     shares = [deviation(sample) ** 2 / len(sample) for sample in (first, second)]
     degrees = 1.0
     if sum(shares) > 0:
         parts = zip(shares, (len(first), len(second)))
         degrees = 1 / sum((share / sum(shares)) ** 2 / (size - 1) for share, size in parts)
-    return _interval(mean(first) - mean(second), math.sqrt(sum(shares)), degrees, confidence)
-
-
-def seeds_needed(
-    effect: float, sd: float, power: float = 0.8, confidence: float = 0.95, least: int = 3
-) -> int:
-    """Seeds in each of two arms to resolve a speed-up of 1 + effect; `sd` is that of one run's log time.
-
-    From the noncentral t: the normal formula promises .80 and delivers .62 to .78 for few seeds.
-    """
-    from scipy.special import nctdtr, stdtrit
-
-    if not effect > 0 or not sd >= 0:
-        raise ValueError(f"power wants an effect above 0 and an sd of at least 0, not {effect} and {sd}")
-    difference, seeds = math.log1p(effect), max(least, 2)
-    while sd > 0:
-        degrees, shift = 2 * seeds - 2, difference / (sd * math.sqrt(2 / seeds))
-        if 1 - nctdtr(degrees, shift, stdtrit(degrees, (1 + confidence) / 2)) >= power:
-            break
-        seeds += max(1, seeds // 1000)  # to 0.1 % where thousands are needed
-    return seeds
+    return _Student(mean(first) - mean(second), math.sqrt(sum(shares)), degrees)
 
 
 class Parts(NamedTuple):
@@ -188,8 +198,7 @@ def figure(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
-def _interval(centre: float, error: float, degrees: float, confidence: float) -> Interval:
-    from scipy.special import stdtrit
-
-    reach = error * float(stdtrit(degrees, (1 + confidence) / 2)) if error > 0 else 0.0
-    return Interval(centre, centre - reach, centre + reach)
+def _exp(value: float) -> float:
+    if abs(value) > 709:  # it or its inverse does not fit a float
+        return math.inf if value > 0 else 0.0
+    return math.exp(value)

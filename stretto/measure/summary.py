@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .statistics import Outcome, Parts, SpeedUp, decompose, figure, geometric_mean, seeds_needed, speed_up
+from .outcomes import Outcome
+from .power import seeds_needed
+from .statistics import Parts, SpeedUp, decompose, figure, geometric_mean, speed_up
 from .store import FINISHED, Run, Store
 
 if TYPE_CHECKING:
@@ -36,9 +38,12 @@ class Result:
     error: str
     points: Points
 
-    def outcome(self, unit: str) -> Outcome:
-        """The run as statistics wants it, in "wall", "cpu" or "steps"; failed at once, it bounds nothing."""
-        return Outcome(self.seed, getattr(self, unit) or 1e-6, self.reached)
+    def outcome(self, unit: str, longest: float) -> Outcome:
+        """The run as statistics wants it, in "wall", "cpu" or "steps". More time would not have helped a failed one:
+        it missed as late as the longest of the runs that it is compared with.
+        """
+        time = longest if self.state == "failed" else getattr(self, unit)
+        return Outcome(self.seed, time or 1e-6, self.reached)
 
     def counted(self, unit: str) -> bool:
         """Whether its seconds count in this race; a failed run counts as a miss even without any."""
@@ -241,7 +246,8 @@ def _against(reference: Arm, arm: Arm) -> Arm:
         return arm
 
     def ratio(unit: str) -> SpeedUp:
-        base, other = ([result.outcome(unit) for result in one.results] for one in (reference, arm))
+        longest = max(getattr(result, unit) or 0.0 for one in (reference, arm) for result in one.results)
+        base, other = ([result.outcome(unit, longest) for result in one.results] for one in (reference, arm))
         return speed_up(base, other)
 
     parts, timed = None, arm.timed and reference.timed
@@ -282,6 +288,8 @@ def _answer(summary: Summary, reference: Arm | None, arm: Arm) -> str:
     found = arm.wall or arm.steps
     verdict = _verdict(summary, found).replace("] not", "], not").replace(" (no verdict)", ", no verdict")
     text += f": {verdict} ({seeds}, {'wall time' if arm.wall else 'in steps'})."
+    if found.method == "aft":
+        text += " Runs that missed count as longer than their budget."
     if arm.wall is None:
         text += f" Seconds are not compared: {arm.why or reference.why}."
     if found.verdict == "not resolved" and found.spread and summary.race["target_valid"]:

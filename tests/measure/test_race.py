@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -14,46 +13,11 @@ from tiny import ADAMW, BROKEN, SLOW, Tiny
 
 from stretto.core import Recipe
 from stretto.measure import race as racing
-from stretto.measure.race import Crossing, Standing, find_crossing, race
+from stretto.measure.race import Standing, race
 from stretto.measure.store import Store
 from stretto.measure.summary import plain, summarise
 from stretto.methods import AdamW
 from stretto.recipes import Arm
-
-
-def rows(*values: float) -> list[dict[str, float]]:
-    return [{"step": 10 * (i + 1), "loss": value} for i, value in enumerate(values)]
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ((3, 2, 1, 1), Crossing(20, 30, True)),
-        ((3, 1, 2, 1, 0.5), Crossing(30, 40, True)),  # the first hit did not persist
-        ((3, 2, 1), Crossing(20, 30, False)),  # not yet confirmed
-        ((1, 1), Crossing(0, 10, True)),
-        ((3, 2, 2), None),
-        ((3, 1, math.inf), None),
-    ],
-)
-def test_a_crossing_counts_when_the_next_evaluation_holds(
-    values: tuple[float, ...], expected: Crossing | None
-) -> None:
-    assert find_crossing(rows(*values), "loss", 1.0, falls=True, steps=100) == expected
-
-
-def test_the_last_evaluation_of_a_budget_confirms_itself() -> None:
-    assert find_crossing(rows(3, 2, 1), "loss", 1.0, falls=True, steps=30) == Crossing(20, 30, True)
-
-
-def test_a_rising_metric_crosses_upward() -> None:
-    assert find_crossing(rows(0.5, 0.9, 0.95), "loss", 0.9, falls=False, steps=100) == Crossing(10, 20, True)
-
-
-def test_a_diverged_metric_is_a_miss() -> None:
-    stored = [{"step": 10, "loss": None}, {"step": 20, "loss": 3.0}]
-    assert find_crossing(stored, "loss", 5.0, falls=True, steps=20) == Crossing(10, 20, True)
-    assert find_crossing(stored[:1], "loss", 5.0, falls=True, steps=10) is None
 
 
 def run_race(store: Store, arms: Sequence[Arm], seeds: Sequence[int] = (0, 1), **options: object) -> dict:

@@ -65,6 +65,16 @@ def test_misses_are_never_a_number(store):
     assert "never missed it in 3 of 3 runs: > " in swapped.answers[0][1]
 
 
+def test_runs_that_missed_are_in_the_estimate(store):
+    base = arm(store, "baseline", range(3), **BASELINE)
+    store.run(base["runs"][1]).update(state="done", crossing=None)
+    summary = race_of(store, base, arm(store, "fast", range(3), **FAST))
+    found = arms_of(summary)["fast"].wall
+    assert found.method == "aft" and found.verdict == "faster" and found.low < found.estimate < found.high
+    assert "baseline missed it in 1 of 3 runs: " + str(found) in summary.answers[0][1]
+    assert summary.answers[0][1].endswith("Runs that missed count as longer than their budget.")
+
+
 def test_a_failed_run_counts_as_a_miss_even_before_its_first_evaluation(store):
     base, fast = arm(store, "baseline", range(3), **BASELINE), arm(store, "fast", range(3), **FAST)
     run = store.run(fast["runs"][1])
