@@ -7,7 +7,7 @@ single.py      one run, alone or on many ranks
 race.py        interleaved contests to a target; memory.py its peaks, live.py its table while it runs
 
 outcomes.py    crossings of a target that persist, and what a run comes to
-statistics.py  speed-ups, their intervals and verdicts; survival.py where runs missed, power.py seeds and many comparisons
+statistics.py  speed-ups, intervals, verdicts; survival.py where runs missed; power.py seeds, many comparisons
 quality.py     speed-up at equal quality over budgets, and the Pareto frontier
 suite.py       the mean over workloads
 designs.py     which compositions a study runs; effects.py what each method does, alone and together
