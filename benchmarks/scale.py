@@ -56,7 +56,7 @@ class Measured(NamedTuple):
     step_cpu: float
     step_wall: float
     foretold_wire: float  # of the step, by the layout
-    load: float  # of the heaviest rank, of all there is
+    load: float  # of the rank that has most at each step of a cycle, of all there is
 
 
 class Bag(nn.Module):
@@ -95,8 +95,9 @@ def measure(shapes: Shapes, wrapper: str, optimizer: str, cycles: int) -> Measur
     cpu, wall = (statistics.fmean(column) for column in list(zip(*steps))[1:])
     foretold, load = 0.0, 1.0
     if isinstance(stepper, Shampoo):
-        loads = stepper.layout.loads()
-        foretold, load = stepper.layout.traffic().total(), max(loads.values()) / sum(loads.values())
+        layout = stepper.layout
+        most = statistics.fmean(max(layout.loads(step).values()) for step in range(EVERY))
+        foretold, load = layout.traffic().total(), most / sum(layout.loads().values())
     return Measured(min(b for b, _, _ in passes), wire, middle[1], cpu, wall, foretold, load)
 
 
@@ -151,17 +152,19 @@ def measured(sets: Sequence[str], counts: Sequence[int], cycles: int) -> str:
     def rows() -> Iterator[Sequence[Any]]:
         for name in sets:
             for wrapper in WRAPPERS:
+                taken: dict[tuple[str, int], float] = {}
                 for optimizer in OPTIMIZERS:
-                    alone = 0.0
                     for ranks in counts:
                         found = on_ranks(ranks, SETS[name], wrapper, optimizer, cycles)
-                        alone = alone or found.step_cpu
                         is_ours = optimizer != "AdamW"
+                        taken[optimizer, ranks] = found.step_cpu
+                        own = taken[optimizer, counts[0]] - taken["AdamW", counts[0]]
                         yield (
                             name, wrapper, optimizer, ranks, figure(found.passes_wire, 1e6),
                             figure(found.step_wire, 1e6), figure(found.foretold_wire, 1e6) if is_ours else "0",
                             figure(found.passes_cpu), figure(found.step_cpu),
-                            figure(alone * found.load) if is_ours else "", figure(found.step_wall),
+                            figure(taken["AdamW", ranks] + own * found.load) if is_ours else "",
+                            figure(found.step_wall),
                         )  # fmt: skip
 
     head = ("set", "wrapper", "optimizer", "ranks", "MB, passes", "MB, step", "MB, step foretold", "CPU ms, passes",

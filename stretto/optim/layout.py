@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-from stretto.optim.regions import Box, Region, Shape
+from stretto.optim.regions import EIGH, Box, Region, Shape
 from stretto.optim.traffic import Traffic, count_traffic
 
 Key = tuple[int, int]  # of a region: the parameter's index, and its part
@@ -176,14 +177,21 @@ class Layout(Sequence[Region]):
             block for block, owner in enumerate(self.owners[region.index, region.part]) if owner == number
         ]
 
-    def loads(self) -> dict[int, float]:
-        """Operations of each rank in a step, by global rank, those of the diagonal rule left out."""
+    def loads(self, step: int | None = None) -> dict[int, float]:
+        """Operations of each rank in a step, by global rank, those of the diagonal rule left out.
+
+        On average over a refresh cycle, or at one of its steps, from 0.
+        """
         loads: dict[int, float] = defaultdict(float)
         for region in self:
-            if region.dims:
-                ranks, cost = self.placement(region).grid.ranks, self.work(region)
-                for owner in self.owners[region.index, region.part]:
-                    loads[ranks[owner]] += cost
+            if not region.dims:
+                continue
+            key, ranks = (region.index, region.part), self.placement(region).grid.ranks
+            for owner, turn in zip(self.owners[key], self.turns.get(key, [0] * region.count)):
+                if step is None:
+                    loads[ranks[owner]] += self.work(region)
+                else:
+                    loads[ranks[owner]] += region.work(math.inf) + (turn == step) * EIGH * region.cost
         return dict(loads)
 
     def traffic(self) -> Traffic:

@@ -63,7 +63,7 @@ class Region:
         """Of the refresh of one block: the sum of n³ over its sides."""
         return sum(self.dims[side] ** 3 for side in self.sides)
 
-    def work(self, every: int, iterations: int = 5) -> float:
+    def work(self, every: float, iterations: int = 5) -> float:
         """Operations of one block in a step: statistics, direction and, every so many steps, a refresh."""
         numel = prod(self.dims)
         if self.direction == "spectral":

@@ -75,3 +75,11 @@ def test_no_rank_has_much_more_than_it_must(model, ranks: int, sharded: bool) ->
     )
     assert heaviest <= 1.1 * bound
     assert seconds <= 2
+
+
+def test_loads_of_a_cycle_average_to_the_mean() -> None:
+    """Refreshes that are counted at no step, or at two."""
+    layout = lay_out(gpt2(), 8, sharded=False)
+    steps = [layout.loads(step) for step in range(10)]
+    for rank, load in layout.loads().items():
+        assert sum(one[rank] for one in steps) / 10 == pytest.approx(load)
