@@ -14,6 +14,10 @@ import tyro
 from tyro.conf import Positional, arg
 
 from stretto.commands.algoperf import AlgoPerf
+from stretto.commands.recommend import Recommend
+from stretto.commands.report import Report
+from stretto.commands.study import Study
+from stretto.commands.tune import Tune
 
 if TYPE_CHECKING:
     from stretto.measure.store import Run
@@ -46,7 +50,7 @@ class Race:
         from stretto import recipes, workloads
         from stretto.core import nearest
         from stretto.measure import live, race
-        from stretto.measure.store import Store
+        from stretto.measure.store import Store, stopping_clearly
 
         workload = workloads.find(self.workload)
         target = self.target or next(iter(workload.targets))
@@ -61,8 +65,8 @@ class Race:
         names = [arm.name for arm in arms]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"the recipe {twice!r} is named twice; the control is the reference raced twice")
-        store = Store(self.out)
-        with live.shown(workload.metric, workload.targets[target], workload.falls) as watch:
+        store, goal = Store(self.out), workload.targets[target]
+        with live.shown(workload.metric, goal, workload.falls) as watch, stopping_clearly(self.out):
             race_id = race.race(
                 workload,
                 arms,
@@ -149,11 +153,12 @@ class Train:
 
     def _train(self) -> int:
         from stretto.measure import live, single
+        from stretto.measure.store import stopping_clearly
         from stretto.train.launch import rank
 
         workload, arm, execution = self._parts()
         shown = live.shown if rank() == 0 else live.hidden
-        with shown(workload.metric, None, workload.falls) as watch:
+        with shown(workload.metric, None, workload.falls) as watch, stopping_clearly(self.out):
             run = single.train(
                 workload,
                 arm,
@@ -167,26 +172,6 @@ class Train:
         if rank() == 0:
             print(_last_words(run, workload.metric))
         return 130 if run.record["state"] == "interrupted" else 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write the report of a stored race again."""
-
-    race: Positional[str | None] = None
-    """Id of the race. Default: the newest."""
-    out: Path = Path("runs")
-    """Folder of the runs."""
-
-    def run(self) -> int:
-        """Print the table, write the page."""
-        from stretto.measure.store import Store
-
-        store = Store(self.out, write=False)
-        races = store.races()
-        if not races:
-            raise ValueError(f"{self.out} holds no race; run one with: stretto race stdlib-gpt")
-        return _conclude(store, self.race or races[-1])
 
 
 @dataclass(frozen=True)
@@ -276,7 +261,8 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Callable[..., Command]] = {
-    "race": Race, "train": Train, "report": Report, "algoperf": AlgoPerf, "methods": Methods, "doctor": Doctor,
+    "race": Race, "train": Train, "study": Study, "tune": Tune, "recommend": Recommend, "report": Report,
+    "algoperf": AlgoPerf, "methods": Methods, "doctor": Doctor,
 }  # fmt: skip
 
 

@@ -284,6 +284,7 @@ class Method(ABC):
 
     phases: ClassVar[tuple[Phase, ...]] = ()
     name: ClassVar[str]  # its file in stretto.methods, or its class name in lower case
+    spaces: ClassVar[dict[str, str]] = {}  # ranges in which tuning looks for fields, as "log:1e-4..1e-2"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

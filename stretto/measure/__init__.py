@@ -14,6 +14,13 @@ designs.py     which compositions a study runs; effects.py what each method does
 composition.py which composition to use, and what its members are worth
 algoperf.py    AlgoPerf's scores; algoperf_logs.py its logs
 
-summary.py     what a race showed: numbers, sentences, the table
-report.py      one HTML page, from stored runs only
+study_plan.py  which compositions a study will run, for how long and what they will tell; study.py runs it,
+               executors.py elsewhere; study_summary.py what it showed
+recommend.py   from a study to a recipe, raced on fresh seeds
+tune.py        successive halving; samplers.py what is tried next
+
+summary.py     what a race showed: numbers, sentences, the table; caveats.py what to mind
+sources.py     what is asked to be reported; reading.py what of it can be read
+report.py      one HTML page, from stored runs only; figures.py, study_figures.py and drawing.py its figures
+export.py      the same as Markdown, CSV and JSON
 """

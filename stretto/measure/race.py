@@ -256,7 +256,7 @@ def _run_rounds(
         waiting = []
         for entry, seed in missing:
             if entry.seeds[seat] == seed:
-                run = _open_run(store, workload, entry, seed, target, sitting)
+                run = open_run(store, workload, entry, seed, target, sitting)
                 entry.runs[seed] = run
                 field.append(Contestant(workload, entry, seed, run, target))
         if all(isinstance(one, Probe) for one in field) and seat < seats - 1 and _later(missing, seat):
@@ -289,9 +289,10 @@ def _alternate(
         raise
 
 
-def _open_run(
-    store: Store, workload: Workload, entry: Entry, seed: int, target: float | None, sitting: str
+def open_run(
+    store: Store, workload: Workload, entry: Entry, seed: int, target: float | None, sitting: str | None
 ) -> Run:
+    """The stored run if it can go on from a checkpoint, else a new one; without a sitting its seconds never count."""
     identity = _identity(workload, entry, seed, target)
     stored = store.find(identity)
     if stored and checkpoint.find(stored.checkpoints):

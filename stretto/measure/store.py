@@ -5,11 +5,14 @@ All of it is JSON that any tool reads: `run.json` is replaced as a whole, `metri
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from typing import Any
 SCHEMA = 1
 FINISHED = ("target", "done")  # states of a run whose outcome is known
 ENDED = (*FINISHED, "failed")
+KINDS = {"races": "race", "studies": "study", "tunings": "tuning"}  # folders of what is made of runs
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_id(identity: dict[str, Any]) -> str:
@@ -58,7 +63,9 @@ class Run:
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
             if os.write(descriptor, line) != len(line):
-                raise OSError(f"{self.path / 'metrics.jsonl'}: the disk took only part of a row")
+                raise OSError(
+                    errno.ENOSPC, "the disk took only part of a row", str(self.path / "metrics.jsonl")
+                )
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -91,7 +98,8 @@ class WatchedRun(Run):
 
 
 class Store:
-    """A folder of runs: `<workload>/<recipe hash>/<run id>/`, and of races: `races/<id>.json`.
+    """A folder of runs: `<workload>/<recipe hash>/<run id>/`, and of what is made of them: `races/<id>.json`,
+    `studies/<id>.json`, `tunings/<id>.json`.
 
     Opening one for writing creates it and tries a file in it, so that a race fails before it trains.
     ValueError if it cannot be read or written, or belongs to another schema.
@@ -167,26 +175,59 @@ class Store:
 
     def save_race(self, race: dict[str, Any]) -> str:
         """Write a race and return its id: its own "id" if it has one, so that saving again replaces it."""
-        now = datetime.now(UTC)
-        name = race.get("id") or f"{now:%Y%m%d-%H%M%S-%f}-{_hash(race)[:6]}"
-        (self.root / "races").mkdir(exist_ok=True)
-        defaults = {"schema": SCHEMA, "created": now.isoformat(timespec="seconds")}
-        _write(self.root / "races" / f"{name}.json", {**defaults, **race, "id": name})
-        return name
+        return self._save("races", race)
 
     def race(self, race_id: str) -> dict[str, Any]:
         """A stored race; ValueError if there is none of this id, or it is unreadable."""
-        if race_id not in self.races():
-            raise ValueError(f"no race {race_id} in {self.root}; it has {', '.join(self.races()) or 'none'}")
-        try:
-            race: dict[str, Any] = json.loads((self.root / "races" / f"{race_id}.json").read_bytes())
-        except ValueError as error:
-            raise ValueError(f"race {race_id} in {self.root} is unreadable: {error}") from error
-        return race
+        return self._load("races", race_id)
 
     def races(self) -> list[str]:
         """The ids of all stored races, the newest last."""
-        return sorted(path.stem for path in (self.root / "races").glob("*.json") if path.name[0] != ".")
+        return self._ids("races")
+
+    def save_study(self, study: dict[str, Any]) -> str:
+        """Write a study and return its id, as `save_race` does."""
+        return self._save("studies", study)
+
+    def study(self, study_id: str) -> dict[str, Any]:
+        """A stored study; ValueError if there is none of this id, or it is unreadable or of another schema."""
+        return self._load("studies", study_id)
+
+    def studies(self) -> list[str]:
+        """The ids of all stored studies, the newest last."""
+        return self._ids("studies")
+
+    def save_tuning(self, tuning: dict[str, Any]) -> str:
+        """Write a tuning and return its id, as `save_race` does."""
+        return self._save("tunings", tuning)
+
+    def _save(self, kind: str, value: dict[str, Any]) -> str:
+        now = datetime.now(UTC)
+        name: str = value.get("id") or f"{now:%Y%m%d-%H%M%S-%f}-{_hash(value)[:6]}"
+        (self.root / kind).mkdir(exist_ok=True)
+        defaults = {"schema": SCHEMA, "created": now.isoformat(timespec="seconds")}
+        _write(self.root / kind / f"{name}.json", {**defaults, **value, "id": name})
+        return name
+
+    def _load(self, kind: str, name: str) -> dict[str, Any]:
+        one = KINDS[kind]
+        if name not in self._ids(kind):
+            has = ", ".join(self._ids(kind)) or "none"
+            raise ValueError(f"no {one} {name} in {self.root}; it has {has}")
+        try:
+            value: dict[str, Any] = json.loads((self.root / kind / f"{name}.json").read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{one} {name} in {self.root} is unreadable: {error}") from error
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{one} {name} in {self.root} has schema {schema}, this version reads {SCHEMA}; "
+                "read it with the version that wrote it"
+            )
+        return value
+
+    def _ids(self, kind: str) -> list[str]:
+        return sorted(path.stem for path in (self.root / kind).glob("*.json") if path.name[0] != ".")
 
     def _path(self, identity: dict[str, Any]) -> Path:
         workload, recipe = str(identity["workload"]), str(identity["recipe_hash"])
@@ -194,6 +235,29 @@ class Store:
             if name in ("", ".", "..") or "/" in name or "\\" in name:
                 raise ValueError(f"{name!r} cannot name a folder; use letters, digits, dots and dashes")
         return self.root / workload / recipe / run_id(identity)
+
+
+@contextmanager
+def stopping_clearly(root: Path) -> Iterator[None]:
+    """Within it, a disk that is full is a ValueError that says so, and what is stored stays readable."""
+    try:
+        yield
+    except BaseException as error:
+        if not any(isinstance(one, OSError) and one.errno in FULL for one in _causes(error)):
+            raise
+        raise ValueError(
+            f"the disk of {root} is full; make room and give the same command again, it goes on from "
+            "what is stored"
+        ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error with what led to it; torch's checkpoints keep that in a dict of their own."""
+    yield error
+    held = [pair[0] for pair in getattr(error, "failures", {}).values()]
+    for cause in (error.__cause__, error.__context__, *held):
+        if cause is not None:
+            yield from _causes(cause)
 
 
 def _read_run(path: Path) -> Run | None:
@@ -207,12 +271,16 @@ def _read_run(path: Path) -> Run | None:
 def _write(path: Path, value: dict[str, Any]) -> None:
     """Replace a file as a whole: a reader, or a kill, finds the old one or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(_plain(value), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(_plain(value), file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _hash(value: Any) -> str:

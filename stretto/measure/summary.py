@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from . import caveats
 from .outcomes import Outcome
 from .power import seeds_needed
+from .reading import readable, tunings
 from .statistics import Parts, SpeedUp, decompose, figure, geometric_mean, speed_up
 from .store import FINISHED, Run, Store
 
@@ -29,6 +31,8 @@ class Result:
     state: str
     reached: bool
     steps: int
+    before: int | None  # steps at the evaluation before its crossing
+    fraction: float | None  # of its budget
     wall: float | None
     cpu: float | None
     why: str  # why there are no seconds
@@ -58,6 +62,7 @@ class Arm:
     label: str
     short: str
     recipe: dict[str, Any]
+    hash: str
     batch: int | None
     budget: int | None  # examples
     parameters: int | None
@@ -120,8 +125,10 @@ class Summary:
 
 
 def summarise(store: Store, race: dict[str, Any]) -> Summary:
-    """The numbers of a race from its stored runs."""
+    """The numbers of a race from its stored runs; those that cannot be read are named and left out."""
     stored = {run.id: run for run in store.runs(race["workload"])}
+    listed = {run for arm in race["arms"] for run in arm["runs"]}
+    stored, left_out = readable(run for name, run in stored.items() if name in listed)
     arms = [_arm(race, arm, stored) for arm in race["arms"]]
     reference = next((arm for arm in arms if arm.name == race["reference"]), None)
     if reference and race["target"] is not None:
@@ -131,7 +138,8 @@ def summarise(store: Store, race: dict[str, Any]) -> Summary:
     answers = [(arm, _answer(summary, reference, arm)) for arm in arms if arm.name != race.get("control")]
     answers = [answer for answer in answers if answer[0] is not reference or len(answers) == 1]
     answers.sort(key=lambda answer: _rank(answer[0]), reverse=True)
-    return Summary(race, tuple(arms), tuple(answers), tuple(_warnings(summary)), tuple(runs))
+    found = caveats.warnings(replace(summary, answers=tuple(answers)), tunings(store, race["workload"]))
+    return replace(summary, answers=tuple(answers), warnings=(*left_out, *found))
 
 
 def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -188,12 +196,14 @@ def _arm(race: dict[str, Any], arm: dict[str, Any], stored: dict[str, Run]) -> A
     finished = [
         run for run in map(stored.get, arm["runs"]) if run and run.record["state"] in (*FINISHED, "failed")
     ]
-    results = tuple(_result(race, arm.get("times", {}).get(run.id), run) for run in finished)
+    found = (_result(race, arm.get("times", {}).get(run.id), run) for run in finished)
+    results = tuple(result for result in found if result.steps or result.state == "failed")
     return Arm(
         name=arm["name"],
         label=arm.get("label") or arm["name"],
         short=arm.get("short", ""),
         recipe=arm.get("recipe", {}),
+        hash=arm.get("hash", ""),
         batch=arm.get("batch"),
         budget=arm.get("budget"),
         parameters=arm.get("parameters"),
@@ -225,6 +235,8 @@ def _result(race: dict[str, Any], timing: dict[str, Any] | None, run: Run) -> Re
         state=record["state"],
         reached=crossing is not None or (race["target"] is None and record["state"] == "done"),
         steps=steps,
+        before=crossing["before"] if crossing else None,
+        fraction=at.get("fraction"),
         wall=wall,
         cpu=timing.get("cpu"),
         why=timing.get("why") or ("" if wall is not None else "its seconds were not kept"),
@@ -302,41 +314,6 @@ def _rank(arm: Arm) -> tuple[bool, float]:
     """Arms with seconds before those with steps only, larger speed-ups first."""
     found = arm.wall or arm.steps
     return arm.wall is not None, (found.estimate or found.low) if found else 0.0
-
-
-def _warnings(summary: Summary) -> list[str]:
-    """What a reader must know before believing the table."""
-    race, found = summary.race, []
-    if race.get("interrupted"):
-        found.append("The race was interrupted: this is what it has so far.")
-    if race["target"] is None:
-        found.append(
-            "This race had no target: each recipe trained to the end of its budget, and none is ahead."
-        )
-    elif not race["target_valid"]:
-        found.append(
-            "The data found here is not the data that the target was set on (its fingerprint differs), "
-            "so there is no verdict."
-        )
-    control = next((arm for arm in summary.arms if arm.name == race.get("control")), None)
-    if control is None:
-        found.append("This race had no control, so nothing tells how far the clock can be trusted.")
-    else:
-        found += [
-            f"The control, {race['reference']} raced against itself, came out at {ratio.figures} in {what} "
-            "time, which excludes 1: differences of this size are this machine's noise."
-            for ratio, what in ((control.wall, "wall"), (control.cpu, "CPU"))
-            if ratio and ratio.verdict != "not resolved"
-        ]
-    for arm in summary.arms:
-        if arm.unfinished:
-            found.append(f"{arm.label}: {arm.unfinished} of its runs did not finish and count nowhere.")
-        found += [
-            f"{arm.label}, seed {r.seed}, failed: {r.error or 'no reason was kept'}. It counts as a miss."
-            for r in arm.results
-            if r.state == "failed"
-        ]
-    return found
 
 
 def _verdict(summary: Summary, found: SpeedUp | None) -> str:

@@ -27,6 +27,7 @@ class AdamW(OptimizerMethod, FactorsMethod):
     eps: float = 1e-8
     weight_decay: float = 0.1
     phases = (Phase.UPDATE, Phase.GROUP)
+    spaces = {"lr": "log:2e-4..2e-2", "weight_decay": "log:0.01..1"}
 
     def __post_init__(self) -> None:
         check_rates(self, "lr", "eps", "weight_decay", betas=self.betas)

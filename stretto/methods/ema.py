@@ -43,6 +43,7 @@ class EMA(AverageMethod):
         0.0  # share of the run before the first; until then it evaluates the weights as they are
     )
     phases = (Phase.AVERAGE,)
+    spaces = {"half_life": "log:0.002..0.2"}
 
     def __post_init__(self) -> None:
         parse_duration(self.start)

@@ -66,6 +66,7 @@ class LabelSmoothing(LossMethod):
 
     smoothing: float = 0.1  # weight of the uniform target
     phases = (Phase.TARGET,)
+    spaces = {"smoothing": "linear:0..0.3"}
 
     def __post_init__(self) -> None:
         check_share(self, "smoothing")

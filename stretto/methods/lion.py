@@ -28,6 +28,7 @@ class Lion(OptimizerMethod, FactorsMethod):
     betas: tuple[float, float] = (0.9, 0.99)  # of the gradient in the step, and in the average
     weight_decay: float = 1.0
     phases = (Phase.UPDATE, Phase.GROUP)
+    spaces = {"lr": "log:2e-5..2e-3", "weight_decay": "log:0.1..10"}
 
     def __post_init__(self) -> None:
         check_rates(self, "lr", "weight_decay", betas=self.betas)

@@ -34,6 +34,7 @@ class MixUp(BatchMethod):
 
     alpha: float = 0.2  # Beta(alpha, alpha) draws the blend; larger blends more
     phases = (Phase.MIX,)
+    spaces = {"alpha": "log:0.05..1"}
 
     def __post_init__(self) -> None:
         if self.alpha <= 0:

@@ -40,6 +40,7 @@ class Muon(MatrixOptimizer):
     weight_decay: float = 0.1
     coefficients: Literal["jordan", "polar"] = "jordan"  # of the iterations: one polynomial, or Polar Express
     neuron_beta2: float = 0.0  # of the average square of a row; 0 leaves rows as they are
+    spaces = {"lr": "log:0.005..0.08", "adam_lr": "log:1e-3..2e-2", "weight_decay": "log:0.01..1"}
 
     def __post_init__(self) -> None:
         check_rates(

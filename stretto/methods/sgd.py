@@ -62,6 +62,7 @@ class SGD(OptimizerMethod, FactorsMethod):
     nesterov: bool = True
     weight_decay: float = 5e-4
     phases = (Phase.UPDATE, Phase.GROUP)
+    spaces = {"lr": "log:0.01..1", "weight_decay": "log:5e-5..5e-3"}
 
     def __post_init__(self) -> None:
         check_rates(self, "lr", "weight_decay", betas=(self.momentum,))

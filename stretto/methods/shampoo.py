@@ -54,6 +54,7 @@ class Shampoo(MatrixOptimizer):
     tables: Literal["one_sided", "diagonal"] = "one_sided"  # how embeddings and heads step; diagonal: Adam
     products: Literal["bfloat16", None] = None  # dtype of matrix products; None: float32
     storage: Literal["bfloat16", None] = None  # dtype of factors and roots; None: float32
+    spaces = {"lr": "log:2e-4..2e-2", "weight_decay": "log:0.01..1"}
 
     def __post_init__(self) -> None:
         check_rates(self, "lr", "eps", "weight_decay", "ridge_eps", betas=self.betas[:1])

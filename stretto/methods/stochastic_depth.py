@@ -97,6 +97,7 @@ class StochasticDepth(ModelMethod):
     by: Literal["sample", "batch"] = "sample"  # rows pass by, or the layer is skipped for all
     patterns: int = 4  # by batch: sets of skipped layers in a run, each a compiled graph
     phases = (Phase.DEPTH,)
+    spaces = {"drop": "linear:0.01..0.3"}
 
     def __post_init__(self) -> None:
         if not 0 < self.drop < 1 or self.by not in ("sample", "batch") or self.patterns < 2:

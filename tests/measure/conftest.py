@@ -1,8 +1,10 @@
+import json
 import math
 import random
 
 import pytest
 
+from stretto.measure import designs
 from stretto.measure.store import Store
 
 HOSTILE = "<script>alert('x')</script> | $x^2$ #0a0b05"
@@ -21,10 +23,10 @@ def train(store, arm, seed, *, rate, cost, steps, state="target", sitting="now",
         "state": "running", "error": None, "crossing": None, "clock": None, "memory": None,
     }  # fmt: skip
     run = store.create(identity, record)
-    every, before, crossing = max(1, steps // 40), 0, None
+    every, before, crossing, rows = max(1, steps // 40), 0, None, []
     for step in range(every, steps + 1, every):
         loss = 1.9 + 3.4 * math.exp(-rate * step) + chance.gauss(0, 0.01)
-        run.append(
+        rows.append(
             {"step": step, "fraction": step / steps, "wall": step * cost, "cpu": step * cost * 1.9,
              "examples": step * batch, "tokens": None, "train_loss": loss, "loss": loss}
         )  # fmt: skip
@@ -33,6 +35,7 @@ def train(store, arm, seed, *, rate, cost, steps, state="target", sitting="now",
         if loss <= target and state == "target":
             crossing = {"before": before, "at": step}
         before = step
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     clock = {"wall": step * cost, "cpu": step * cost * 1.9, "compile": 0.5}
     run.update(state=state if crossing or state != "target" else "done", crossing=crossing, clock=clock)
     return run
@@ -97,3 +100,36 @@ def full_race(store):
         arm(store, "steps", range(3), **stored),
     ]
     return store.save_race(make_race(arms, control="baseline (control)"))
+
+
+METHODS = {"mixup": 1.02, "ema": 1.10, "blur_pool": 1.01, "stochastic_depth": 0.97, "label_smoothing": 1.08}
+
+
+def make_study(store, *, seeds=(0, 1), state="target", **fields):
+    """A half fraction of five methods with known factors of speed; mixup and ema overlap."""
+    design = designs.fraction(list(METHODS), resolution=5)
+    shorts = [f"{name}:share=0.2" if name == "mixup" else name for name in METHODS]
+    base = [cosine(), adamw(0.002)]
+    rows = [[0] * len(METHODS), *design.rows.tolist()]
+    names, arms = [], []
+    for row in rows:
+        chosen = [name for name, present in zip(METHODS, row) if present]
+        name = " + ".join(chosen) or "baseline"
+        faster = math.prod(METHODS[one] for one in chosen) ** 3
+        faster *= 0.9 if {"mixup", "ema"} <= set(chosen) else 1.0
+        methods = [*base, *({"method": one} for one in chosen)]
+        short = ", ".join(["cosine", "adamw:lr=0.002", *chosen])
+        if name not in names:
+            training = {"rate": 0.0035 * faster, "cost": 0.03, "steps": 2000, "state": state}
+            arms.append(arm(store, name, seeds, methods=methods, short=short, **training))
+        names.append(name)
+    control = arm(store, "baseline (control)", seeds, methods=base, rate=0.0035, cost=0.03, steps=2000)
+    race = store.save_race(make_race([arms[0], control, *arms[1:]], control="baseline (control)", **fields))
+    return store.save_study(
+        {
+            "workload": "stdlib-gpt", "fingerprint": "0f1e2d3c4b5a", "target_name": "baseline", "state": "done",
+            "reference": {"name": "baseline", "methods": base, "batch": 64, "budget": 128_000},
+            "methods": shorts, "arms": names, "seeds": list(seeds), "executor": "interleaved", "race": race,
+            "design": {"name": design.name, "rows": rows, "words": [], "dropped": [], "conflicts": []},
+        }
+    )  # fmt: skip
