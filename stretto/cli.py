@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from stretto.commands.algoperf import AlgoPerf
+from stretto.commands.quality import Quality
 from stretto.commands.recommend import Recommend
 from stretto.commands.report import Report
 from stretto.commands.study import Study
@@ -261,8 +262,8 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Callable[..., Command]] = {
-    "race": Race, "train": Train, "study": Study, "tune": Tune, "recommend": Recommend, "report": Report,
-    "algoperf": AlgoPerf, "methods": Methods, "doctor": Doctor,
+    "race": Race, "train": Train, "study": Study, "quality": Quality, "tune": Tune, "recommend": Recommend,
+    "report": Report, "algoperf": AlgoPerf, "methods": Methods, "doctor": Doctor,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`stretto report`: what stored races, studies and runs showed, as a page, a table, numbers or figures."""
+"""`stretto report`: what stored races, studies, qualities and runs showed, as a page, a table, numbers or figures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ Format = Literal["html", "md", "csv", "json", "png", "pdf"]
 
 @dataclass(frozen=True)
 class Report:
-    """Write the report of stored races, studies or runs; nothing is trained."""
+    """Write the report of stored races, studies, qualities or runs; nothing is trained."""
 
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUNS | RACE | STUDY ...]")] = ()
-    """Runs folders, each reported by its newest race or study, or by its runs where it has none; a workload's
-    folder in one, reported by its runs; ids of races and studies. Default: the folder of --out."""
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUNS | RACE | STUDY | QUALITY ...]")] = ()
+    """Runs folders, each reported by its newest race, study or quality, or by its runs where it has none; a
+    workload's folder in one, reported by its runs; ids of races, studies and qualities.
+    Default: the folder of --out."""
     format: Format | None = None
     """What to write. Default: by the ending of --to, else html."""
     to: Path | None = None
@@ -66,17 +67,16 @@ def _print(parts: list[Part]) -> None:
     from rich.console import Console
 
     from stretto.measure import summary
-    from stretto.measure.study_summary import study_table
 
     console = Console()
     for part in parts:
-        if part.study and part.study.answers:
-            print(f"{study_table(part.study)}\n")
+        if part.table:
+            print(f"{part.table}\n")
         if console.is_terminal:
             console.print(summary.table(part.summary))
         else:
             print(summary.plain(part.summary))
-        for sentence in part.study.sentences if part.study else [text for _, text in part.summary.answers]:
+        for sentence in part.sentences:
             print(sentence)
         for note in (*part.notes, *part.summary.warnings):
             print(f"note: {note}")

@@ -1,8 +1,8 @@
 """A report's numbers for other programs, and its words in Markdown.
 
 JSON: {"schema": 1, "reports": [report]}. A report holds kind, id, created, workload, metric, falls, fingerprint,
-target, target_valid, reference, control, answers [{arm, sentence}], caveats [sentence], arms, runs and study (null
-for a race). Intervals are {estimate, low, high}; what is not known, and what is infinite, is null.
+target, target_valid, reference, control, answers [{arm, sentence}], caveats [sentence], arms, runs, study and quality
+(null for others). Intervals are {estimate, low, high}; what is not known, and what is infinite, is null.
 - arms: name, short, batch, budget (examples), parameters, memory (bytes), seeds, reached, unfinished, times {wall,
   cpu (seconds), steps}, speed_up {wall, cpu, steps: interval with verdict, method, confidence, spread, p_value},
   cost {step_efficiency, step_cost, overhead, total}, frontier {cost, quality, on_frontier, probability}
@@ -10,9 +10,11 @@ for a race). Intervals are {estimate, low, high}; what is not known, and what is
 - study: methods, unit, answers [{method, alone, in_company, on_average}], interactions [{pair, effect}], gap {fitted,
   measured}, best {methods, speed_up, probability, shares, removal, drop}, sentences; all intervals are factors of
   speed, above 1 is faster
+- quality: base, unit, sentences, recipes [{recipe, cost (of an example, over the baseline's), at and curve [{quality,
+  budget, needed (examples), speed_up}]}]
 
-CSV: one figure a row, report, figure, of, and, estimate, low, high, verdict: `of` is an arm, a run or a method, `and`
-a unit or the other method of a pair.
+CSV: one figure a row, report, figure, of, and, estimate, low, high, verdict: `of` is an arm, a run, a method or a
+recipe, `and` a unit, the other method of a pair or a quality.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stretto.measure import figures
+from stretto.measure.equal import EqualSummary
 from stretto.measure.outcomes import Interval
+from stretto.measure.quality import Equal
 from stretto.measure.sources import Part
 from stretto.measure.statistics import SpeedUp
-from stretto.measure.study_summary import StudySummary, factor, study_table
+from stretto.measure.study_summary import StudySummary, factor
 from stretto.measure.summary import Arm, Result, plain
 
 UNITS = ("wall", "cpu", "steps")
 COLUMNS = ("report", "figure", "of", "and", "estimate", "low", "high", "verdict")
+TITLES = {"study": ("Methods", "Compositions"), "quality": ("At equal quality", "Trainings")}
 Data = dict[str, Any]
 
 
@@ -42,14 +47,14 @@ def as_markdown(parts: Sequence[Part]) -> str:
 
 
 def _markdown(part: Part) -> str:
-    study, summary = part.study, part.summary
-    answers = study.sentences if study else [sentence for _, sentence in summary.answers]
-    blocks = [f"# {part.title}", "\n".join(f"- {sentence}" for sentence in answers)]
+    summary = part.summary
+    own, raced = TITLES.get(part.kind, ("", "Race"))
+    blocks = [f"# {part.title}", "\n".join(f"- {sentence}" for sentence in part.sentences)]
     if caveats := [*part.notes, *summary.warnings]:
         blocks += ["## Before you believe it", "\n".join(f"- {sentence}" for sentence in caveats)]
-    if study and study.answers:
-        blocks += ["## Methods", study_table(study)]
-    blocks += ["## Compositions" if study else "## Race", plain(summary)]
+    if part.table:
+        blocks += [f"## {own}", part.table]
+    blocks += [f"## {raced}", plain(summary)]
     return "\n\n".join(blocks)
 
 
@@ -73,6 +78,7 @@ def as_data(part: Part) -> Data:
         "arms": _arms(part),
         "runs": [_run(arm, result) for arm in summary.arms for result in arm.results],
         "study": part.study and _study(part.study, part),
+        "quality": part.equal and _quality(part.equal),
     }
 
 
@@ -151,6 +157,34 @@ def _study(study: StudySummary, part: Part) -> Data:
     }
 
 
+def _quality(found: EqualSummary) -> Data:
+    return {
+        "base": found.record["base"],
+        "unit": found.unit,
+        "sentences": found.sentences,
+        "recipes": [
+            {
+                "recipe": one.name,
+                "cost": _interval(one.cost),
+                **{
+                    name: [_equal(each) for each in points]
+                    for name, points in (("at", one.at), ("curve", one.curve))
+                },
+            }
+            for one in found.contestants
+        ],
+    }
+
+
+def _equal(found: Equal) -> Data:
+    return {
+        "quality": found.quality,
+        "budget": found.budget,
+        "needed": _interval(found.needed),
+        "speed_up": _speed_up(found.speed_up),
+    }
+
+
 def _interval(found: Interval | None) -> dict[str, float] | None:
     return found and found._asdict()
 
@@ -199,6 +233,7 @@ def _rows(report: Data) -> Iterator[Data]:
                 "verdict": run["state"],
             }
     yield from _study_rows(report["study"] or {})
+    yield from _quality_rows(report["quality"] or {})
 
 
 def _study_rows(study: Data) -> Iterator[Data]:
@@ -215,3 +250,18 @@ def _study_rows(study: Data) -> Iterator[Data]:
         for figure in ("shares", "removal"):
             for name, found in best[figure].items():
                 yield {"figure": figure, "of": name, **found}
+
+
+def _quality_rows(quality: Data) -> Iterator[Data]:
+    for one in quality.get("recipes", ()):
+        yield {"figure": "cost of an example", "of": one["recipe"], **(one["cost"] or {})}
+        for figure in ("at", "curve"):
+            for point in one[figure]:
+                found = point["speed_up"]
+                ends = {key: found[key] for key in ("estimate", "low", "high", "verdict")}
+                yield {
+                    "figure": f"equal quality, {figure}",
+                    "of": one["recipe"],
+                    "and": point["quality"],
+                    **ends,
+                }

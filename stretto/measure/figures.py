@@ -34,15 +34,18 @@ class Cost(NamedTuple):
 
 def colours(summary: Summary) -> list[str]:
     """The CSS variable of each arm's colour: greys for the reference and its control, a hue for each other; of
-    many arms, for the fastest.
+    many arms, for the fastest. Arms of one recipe, where the race says so, share theirs.
     """
     race = summary.race
-    grey = {race["reference"]: "--reference", race.get("control"): "--control"}
-    others = [arm.name for arm in summary.arms if arm.name not in grey]
+    recipes = {arm.name: race.get("recipes", {}).get(arm.name, arm.name) for arm in summary.arms}
+    reference = recipes.get(race["reference"], race["reference"])
+    grey = {reference: "--reference", race.get("control"): "--control"}
+    others = [name for name in dict.fromkeys(recipes.values()) if name not in grey]
     if len(others) > MANY:
-        others = [arm.name for arm, _ in summary.answers if arm.name not in grey][:HUES]
+        best = dict.fromkeys(recipes[arm.name] for arm, _ in summary.answers)
+        others = [name for name in best if name not in grey][:HUES]
     hues = {name: f"--arm-{index % HUES}" for index, name in enumerate(others)}
-    return [grey.get(arm.name) or hues.get(arm.name, "--other") for arm in summary.arms]
+    return [grey.get(name) or hues.get(name, "--other") for name in recipes.values()]
 
 
 def costs(summary: Summary) -> dict[str, Cost]:

@@ -313,8 +313,10 @@ def _steps_counted(run: Run) -> int:
 
 
 def _describe(workload: Workload, entry: Entry, entries: list[Entry], memory: bool) -> None:
-    """Parameters and peak memory of an arm; kept in its runs, equal for a control."""
-    twin = next((other for other in entries if other.arm is entry.arm and other.parameters), None)
+    """Parameters and peak memory of an arm; kept in its runs, equal for a control and at another budget."""
+    own = (entry.arm.recipe, entry.arm.batch)
+    alike = (other for other in entries if (other.arm.recipe, other.arm.batch) == own)
+    twin = next((other for other in alike if other.parameters), None)
     if twin:
         entry.parameters, entry.memory = twin.parameters, twin.memory
         return

@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import drawing, figures, study_figures
+from . import drawing, equal_figures, figures, study_figures
+from .equal import equal_cells
 from .sources import Part, race_part
 from .statistics import figure
 from .store import Run, Store
@@ -53,8 +54,14 @@ def sheet(parts: Sequence[Part], path: Path) -> Path:
 
 
 def part_drawings(part: Part) -> list[drawing.Drawing]:
-    """All figures of a report, those of a study first."""
-    return [*(study_figures.drawings(part.study) if part.study else []), *figures.drawings(part.summary)]
+    """All figures of a report, those of a study or of equal quality first."""
+    return [*_own_drawings(part), *figures.drawings(part.summary)]
+
+
+def _own_drawings(part: Part) -> list[drawing.Drawing]:
+    if part.study:
+        return study_figures.drawings(part.study)
+    return equal_figures.drawings(part.equal) if part.equal else []
 
 
 def page(parts: Sequence[Part]) -> str:
@@ -87,7 +94,6 @@ def _shown(part: Part, prefix: str) -> dict[str, Any]:
     legend = [(i, arm.label) for i, arm in enumerate(summary.arms) if colours[i] != "--other"]
     if "--other" in colours:
         legend.append((colours.index("--other"), "the others"))
-    of_study = study_figures.drawings(study) if study else []
     return {
         "kind": part.kind,
         "id": part.id,
@@ -96,13 +102,16 @@ def _shown(part: Part, prefix: str) -> dict[str, Any]:
         "prefix": prefix,
         "summary": summary,
         "study": study,
+        "equal": part.equal,
+        "hues": equal_figures.hues(part.equal) if part.equal else [],
+        "equal_cells": equal_cells(part.equal) if part.equal else None,
         "warnings": [*part.notes, *summary.warnings],
         "colours": colours,
         "legend": legend,
         "head": head,
         "rows": rows,
         "figures": [drawing.svg(one, prefix) for one in figures.drawings(summary)],
-        "study_figures": [drawing.svg(one, prefix) for one in of_study],
+        "own_figures": [drawing.svg(one, prefix) for one in _own_drawings(part)],
         "pairs": [pair for pair in part.pairs if pair[1]],
         "costs": figures.costs(summary),
         "places": figures.places(summary),

@@ -1,17 +1,20 @@
-"""What a report is made of: the newest race or study of a folder, one by its id, or runs that belong to none."""
+"""What a report is made of: the newest race, study or comparison at equal quality of a folder, one by its id, or
+runs that belong to none.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from stretto.measure.equal import EqualSummary, equal_table, summarise_quality
 from stretto.measure.outcomes import Interval
 from stretto.measure.reading import readable
 from stretto.measure.store import Run, Store
-from stretto.measure.study_summary import StudySummary, factor, summarise_study
+from stretto.measure.study_summary import StudySummary, factor, study_table, summarise_study
 from stretto.measure.summary import Summary, summarise
 
 NEEDED = ("created", "workload", "metric", "target", "target_valid", "reference", "arms")  # of a stored race
@@ -20,22 +23,40 @@ REFERENCE = "baseline"  # of runs that belong to no race, where they have an arm
 
 @dataclass(frozen=True)
 class Part:
-    """One report: a race, a study with its race, or runs grouped by arm; `notes` say what was left out."""
+    """One report: a race, a study or a comparison at equal quality with its race, or runs grouped by arm; `notes`
+    say what was left out.
+    """
 
-    kind: Literal["race", "study", "runs"]
+    kind: Literal["race", "study", "quality", "runs"]
     id: str
     created: str
     store: Store
     summary: Summary
     study: StudySummary | None = None
+    equal: EqualSummary | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         """The workload and its goal."""
         race = self.summary.race
+        if self.equal:
+            return f"{race['workload']}, {race['metric']}: speed-up at equal quality"
         start = f"{race['workload']}, {'time ' if race['target'] is not None else ''}to {self.summary.goal}"
         return f"{start}: a study of {len(self.study.methods)} methods" if self.study else start
+
+    @property
+    def sentences(self) -> list[str]:
+        """What it showed, the answer first."""
+        made = self.study or self.equal
+        return made.sentences if made else [sentence for _, sentence in self.summary.answers]
+
+    @property
+    def table(self) -> str:
+        """What it has beside the table of its race, in Markdown; empty for a race."""
+        if self.study and self.study.answers:
+            return study_table(self.study)
+        return equal_table(self.equal) if self.equal else ""
 
     @property
     def pairs(self) -> list[tuple[tuple[str, str], Interval | None]]:
@@ -46,7 +67,7 @@ class Part:
     @property
     def place(self) -> Path:
         """Where its report lies unless another place is asked for, without an ending."""
-        folder = {"race": "races", "study": "studies", "runs": "."}[self.kind]
+        folder = {"race": "races", "study": "studies", "quality": "qualities", "runs": "."}[self.kind]
         return self.store.root / folder / self.id
 
 
@@ -64,9 +85,15 @@ def study_part(store: Store, study_id: str) -> Part:
     return Part("study", study_id, found.study["created"], store, found.race, found)
 
 
+def quality_part(store: Store, quality_id: str) -> Part:
+    """The report of a stored comparison at equal quality. ValueError where it has not been trained."""
+    found = summarise_quality(store, store.quality(quality_id))
+    return Part("quality", quality_id, found.record["created"], store, found.race, equal=found)
+
+
 def find(names: Sequence[str], out: Path) -> tuple[list[Part], list[str]]:
-    """A report for each name: a runs folder, one of its workloads' folders, or an id of a race or study in
-    `out`; without names, of `out`. Also a sentence for each that has nothing to report.
+    """A report for each name: a runs folder, one of its workloads' folders, or an id of a race, study or
+    quality in `out`; without names, of `out`. Also a sentence for each that has nothing to report.
 
     ValueError, saying why, where none has.
     """
@@ -88,18 +115,24 @@ def _find(name: str, out: Path) -> Part:
             return runs_part(Store(path.parent, write=False), path.name)
         return newest(Store(path, write=False))
     store = Store(out, write=False)
-    if name in store.studies():
-        return study_part(store, name)
-    if name in store.races():
-        return race_part(store, name)
-    known = [*store.races(), *store.studies()]
-    raise ValueError(f"{name} is no runs folder, and no race or study of {out}: {', '.join(known) or 'none'}")
+    makers = _makers(store)
+    if name in makers:
+        return makers[name](store, name)
+    raise ValueError(
+        f"{name} is no runs folder, and no race, study or quality of {out}: {', '.join(makers) or 'none'}"
+    )
+
+
+def _makers(store: Store) -> dict[str, Callable[[Store, str], Part]]:
+    """How the report of each stored race, study and quality is made."""
+    makers: dict[str, Callable[[Store, str], Part]] = dict.fromkeys(store.races(), race_part)
+    makers |= dict.fromkeys(store.studies(), study_part)
+    return makers | dict.fromkeys(store.qualities(), quality_part)
 
 
 def newest(store: Store) -> Part:
-    """The newest readable race or study of a folder, else its runs; those left out on the way are named."""
-    makers: dict[str, Callable[[Store, str], Part]] = dict.fromkeys(store.races(), race_part)
-    makers |= dict.fromkeys(store.studies(), study_part)
+    """The newest readable race, study or quality of a folder, else its runs; those left out on the way are named."""
+    makers = _makers(store)
     notes = []
     for name in sorted(makers, reverse=True):
         try:
@@ -107,22 +140,23 @@ def newest(store: Store) -> Part:
         except ValueError as error:
             notes.append(f"Left out: {error}.")
             continue
-        owner = next((study for study in reversed(store.studies()) if _race_of(store, study) == name), None)
-        if owner:
-            part = study_part(store, owner)
-        return _noted(part, notes)
-    return _noted(runs_part(store), notes)
+        if owner := _owner(store, name):
+            part = makers[owner](store, owner)
+        return replace(part, notes=(*notes, *part.notes))
+    part = runs_part(store)
+    return replace(part, notes=(*notes, *part.notes))
 
 
-def _race_of(store: Store, study_id: str) -> str | None:
-    try:
-        return store.study(study_id).get("race")
-    except ValueError:
-        return None
-
-
-def _noted(part: Part, notes: Sequence[str]) -> Part:
-    return Part(part.kind, part.id, part.created, part.store, part.summary, part.study, (*notes, *part.notes))
+def _owner(store: Store, race_id: str) -> str | None:
+    """The newest study or quality whose race this is."""
+    readers = dict.fromkeys(store.studies(), store.study) | dict.fromkeys(store.qualities(), store.quality)
+    for name in sorted(readers, reverse=True):
+        try:
+            if readers[name](name).get("race") == race_id:
+                return name
+        except ValueError:  # unreadable: it owns nothing
+            continue
+    return None
 
 
 # ---- runs that belong to no race
@@ -148,7 +182,7 @@ def runs_part(store: Store, workload: str | None = None) -> Part:
     race = _as_race(runs)
     created = f"{len(runs)} runs"
     summary = summarise(store, race)
-    return Part("runs", race["workload"], created, store, summary, None, tuple(notes))
+    return Part("runs", race["workload"], created, store, summary, notes=tuple(notes))
 
 
 def _majority(runs: list[Run], key: Callable[[Run], Any]) -> tuple[list[Run], Counter[Any]]:

@@ -20,7 +20,9 @@ from typing import Any
 SCHEMA = 1
 FINISHED = ("target", "done")  # states of a run whose outcome is known
 ENDED = (*FINISHED, "failed")
-KINDS = {"races": "race", "studies": "study", "tunings": "tuning"}  # folders of what is made of runs
+KINDS = {  # folders of what is made of runs
+    "races": "race", "studies": "study", "qualities": "quality", "tunings": "tuning",
+}  # fmt: skip
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -99,7 +101,7 @@ class WatchedRun(Run):
 
 class Store:
     """A folder of runs: `<workload>/<recipe hash>/<run id>/`, and of what is made of them: `races/<id>.json`,
-    `studies/<id>.json`, `tunings/<id>.json`.
+    `studies/<id>.json`, `qualities/<id>.json`, `tunings/<id>.json`.
 
     Opening one for writing creates it and tries a file in it, so that a race fails before it trains.
     ValueError if it cannot be read or written, or belongs to another schema.
@@ -196,6 +198,18 @@ class Store:
     def studies(self) -> list[str]:
         """The ids of all stored studies, the newest last."""
         return self._ids("studies")
+
+    def save_quality(self, quality: dict[str, Any]) -> str:
+        """Write a comparison at equal quality and return its id, as `save_race` does."""
+        return self._save("qualities", quality)
+
+    def quality(self, quality_id: str) -> dict[str, Any]:
+        """A stored comparison at equal quality; ValueError as for `study`."""
+        return self._load("qualities", quality_id)
+
+    def qualities(self) -> list[str]:
+        """The ids of all stored comparisons at equal quality, the newest last."""
+        return self._ids("qualities")
 
     def save_tuning(self, tuning: dict[str, Any]) -> str:
         """Write a tuning and return its id, as `save_race` does."""

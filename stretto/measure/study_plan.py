@@ -6,18 +6,17 @@ A composition is the reference with methods added; what the reference holds in a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from stretto.core import Method, Recipe, short_form
-from stretto.measure import designs, effects
+from stretto.measure import designs, effects, forecast
 from stretto.measure.designs import Composition, Design
+from stretto.measure.forecast import in_words
 from stretto.measure.outcomes import Outcome
 from stretto.measure.power import power
 from stretto.measure.race import make_trainer
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 SPREAD = 0.07  # standard deviation of a run's log time where no stored runs tell
 EFFECTS = np.linspace(0.005, 1.0, 200)  # on log time, that a plan looks for
 OF_SEED = {"seed": 0, "replicate": 0}  # what differs between runs of one arm
-PROBE_STEPS = 7  # timed steps, spread over a run, of each method
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +180,7 @@ def describe(plan: StudyPlan) -> list[str]:
         f"{plan.runs} runs ({count} compositions, {len(plan.seeds)} seed{'s' * (len(plan.seeds) != 1)}), "
         f"{done} of them stored already, and {len(plan.seeds)} of the control"
     )
-    lines.append(f"at most {_hours(plan.hours_left)}; one run of the reference {_hours(plan.hours(()))}")
+    lines.append(f"at most {in_words(plan.hours_left)}; one run of the reference {in_words(plan.hours(()))}")
     origin = f"{plan.spread_from} stored runs" if plan.spread_from else "assumed"
     lines.append(f"standard deviation of a run's log time: {plan.spread:.3f} ({origin})")
     for one in resolvable(plan):
@@ -190,12 +188,6 @@ def describe(plan: StudyPlan) -> list[str]:
         what = one.question if one.question == "interactions" else f"effects {one.question}"
         lines.append(f"{what}: sd {one.sd:.3f}, resolved from {least} with power 0.80")
     return lines
-
-
-def _hours(hours: float) -> str:
-    sizes = (hours, "h"), (60 * hours, "min"), (3600 * hours, "s")
-    size, unit = next((one for one in sizes if one[0] >= 1), sizes[-1])
-    return f"{size:.1f} {unit}"
 
 
 # ---- planning
@@ -262,10 +254,7 @@ def _hours_of(runs: Sequence[Run]) -> float | None:
 
 def _evaluating(plan: StudyPlan) -> float:
     """Hours of the evaluations of one run of the reference, which are on no clock."""
-    trainer = make_trainer(plan.workload, plan.reference, plan.seeds[0])
-    start = time.perf_counter()
-    trainer.evaluate()
-    return (time.perf_counter() - start) / plan.workload.eval_every / 3600
+    return forecast.evaluating(make_trainer(plan.workload, plan.reference, plan.seeds[0]))
 
 
 def _probe(plan: StudyPlan, chosen: Sequence[Composition]) -> dict[Composition, float]:
@@ -280,14 +269,7 @@ def _probe(plan: StudyPlan, chosen: Sequence[Composition]) -> dict[Composition, 
                 raise
             continue
         trainers[one] = trainer
-    taken: dict[Composition, list[float]] = {one: [] for one in trainers}
-    for k in range(PROBE_STEPS):
-        for one, trainer in trainers.items():
-            trainer.seek(trainer.plan.steps * k // PROBE_STEPS)
-            start = time.perf_counter()
-            trainer.advance(1)
-            taken[one].append(time.perf_counter() - start)
-    return {one: median(taken[one]) * trainer.plan.steps / 3600 for one, trainer in trainers.items()}
+    return forecast.training(trainers)
 
 
 def _without_refused(plan: StudyPlan) -> StudyPlan:

@@ -4,7 +4,7 @@ import inspect
 import shutil
 
 import pytest
-from conftest import adamw, arm, cosine, make_race
+from made import adamw, arm, cosine, make_race
 
 from stretto import methods
 from stretto.core import ScheduleMethod

@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from conftest import HOSTILE, adamw, arm, make_race
+from made import HOSTILE, adamw, arm, make_race
 
 from stretto.measure import report
 from stretto.measure.statistics import Outcome, geometric_mean, speed_up

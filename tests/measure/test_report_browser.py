@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import arm, make_race, make_study
+from made import arm, make_race, make_study
 
 from stretto.measure import report, sources
 

@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from conftest import arm, make_race, train
+from made import arm, make_race, train
 
 from stretto.commands.report import Report
 from stretto.measure import export, report, sources
@@ -114,7 +114,7 @@ def test_several_folders_share_a_page_and_one_without_runs_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "nothing is no runs folder, and no race or study of .*: 2"),
+        ("nothing", "nothing is no runs folder, and no race, study or quality of .*: 2"),
         ("folder", "folder is no runs folder"),
         ("runs/none", "has no readable run of none"),
     ],

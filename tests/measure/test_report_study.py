@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from conftest import METHODS, make_study
+from made import METHODS, make_study
 
 from stretto.measure import export, figures, report, sources, study_figures
 from stretto.measure.store import Store
@@ -81,7 +81,7 @@ def test_json_has_its_keys_and_every_number_of_the_page(part):
     (found,) = data["reports"]
     assert set(found) == {
         "kind", "id", "created", "workload", "metric", "falls", "fingerprint", "target", "target_valid",
-        "reference", "control", "answers", "caveats", "arms", "runs", "study",
+        "reference", "control", "answers", "caveats", "arms", "runs", "study", "quality",
     }  # fmt: skip
     assert set(found["arms"][3]) == {
         "name", "short", "batch", "budget", "parameters", "memory", "seeds", "reached", "unfinished", "times",
