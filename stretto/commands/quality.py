@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from stretto.commands.study import _agreed
+from stretto.commands.asking import declined
 
 if TYPE_CHECKING:
     from stretto.measure.quality_plan import QualityPlan
@@ -43,11 +42,8 @@ class Quality:
 
         plan, store = self.plan()
         print("\n".join(quality_plan.describe(plan)), flush=True)
-        if not self.yes and not sys.stdin.isatty():
-            print("nobody to ask here: give --yes to start", file=sys.stderr)
-            return 2
-        if not self.yes and not _agreed():
-            return 0
+        if (code := declined(self.yes)) is not None:
+            return code
         with live.shown(plan.workload.metric, None, plan.workload.falls) as watch:
             found = quality_plan.run(plan, store, watch=watch)
         return _conclude(store, found)

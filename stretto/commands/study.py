@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+from stretto.commands.asking import declined
 
 if TYPE_CHECKING:
     from stretto.measure.designs import Design
@@ -54,11 +55,8 @@ class Study:
 
         plan, store = self.plan()
         print("\n".join(study_plan.describe(plan)), flush=True)
-        if not self.yes and not sys.stdin.isatty():
-            print("nobody to ask here: give --yes to start", file=sys.stderr)
-            return 2
-        if not self.yes and not _agreed():
-            return 0
+        if (code := declined(self.yes)) is not None:
+            return code
         workload = plan.workload
         with live.shown(workload.metric, workload.targets[plan.target], workload.falls) as watch:
             found = study.run(plan, store, executor=self.executor, workers=self.workers, watch=watch)
@@ -102,13 +100,6 @@ class Study:
             "screen": designs.screen,
         }  # fmt: skip
         return makers[self.design]
-
-
-def _agreed() -> bool:
-    try:
-        return input("start? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
 
 
 def _conclude(store: Store, study: dict[str, Any]) -> int:

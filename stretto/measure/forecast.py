@@ -16,13 +16,19 @@ Key = TypeVar("Key")
 
 
 def training(trainers: Mapping[Key, Trainer]) -> dict[Key, float]:
-    """Hours of a whole run of each, from a few steps taken in turns; what is paid at the first step is past."""
+    """Hours of a whole run of each, from a few steps taken in turns; what is paid at the first step is past.
+
+    ValueError where one cannot take them, since its losses or gradients are not finite.
+    """
     taken: dict[Key, list[float]] = {one: [] for one in trainers}
     for k in range(PROBE_STEPS):
         for one, trainer in trainers.items():
             trainer.seek(trainer.plan.steps * k // PROBE_STEPS)
             start = time.perf_counter()
-            trainer.advance(1)
+            try:
+                trainer.advance(1)
+            except FloatingPointError as error:
+                raise ValueError(f"a recipe fails in its first steps: {error}") from error
             taken[one].append(time.perf_counter() - start)
     return {one: median(taken[one]) * trainer.plan.steps / 3600 for one, trainer in trainers.items()}
 
