@@ -291,10 +291,10 @@ class Made(Base, FactorsMethod):
 
 
 def test_a_card_is_read_from_docstrings_and_comments(tmp_path, monkeypatch):
-    (tmp_path / "made.py").write_text(MADE)
+    (tmp_path / "made_for_a_card.py").write_text(MADE)
     monkeypatch.syspath_prepend(tmp_path)
-    card = _cards.card(importlib.import_module("made").Made)
-    monkeypatch.delitem(sys.modules, "made")
+    card = _cards.card(importlib.import_module("made_for_a_card").Made)
+    monkeypatch.delitem(sys.modules, "made_for_a_card")
     assert card.idea == "Made: a method, e.g. for a test." and card.slot == "average"
     assert card.source == "Doe et al. 2019, arXiv:1234.56789; Roe and Poe 2020"
     assert (
