@@ -43,6 +43,8 @@ class Race:
     """Race the reference against itself: on the same seeds, on fresh ones, or not."""
     target: str | None = None
     """Which of the workload's targets. Default: its first."""
+    evaluations: int | None = None
+    """How many a run, evenly over its budget: more of them tell its time more finely. Default: the workload's."""
     out: Path = Path("runs")
     """Folder of the runs; what is stored there is not trained again."""
 
@@ -53,7 +55,7 @@ class Race:
         from stretto.measure import live, race
         from stretto.measure.store import Store, stopping_clearly
 
-        workload = workloads.find(self.workload)
+        workload = workloads.find(self.workload, self.evaluations)
         target = self.target or next(iter(workload.targets))
         if target not in workload.targets:
             raise ValueError(f"{workload.name} has no target {target!r}; {nearest(target, workload.targets)}")

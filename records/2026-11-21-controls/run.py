@@ -29,7 +29,9 @@ def control_race(store: Store, control: Control, number: int) -> dict[str, Any]:
     workload = find("digits")
     seeds = range(SEEDS * number, SEEDS * (number + 1))
     baseline = arms("digits", "baseline")["baseline"]
-    race_id = race(workload, [baseline], store, target="baseline", seeds=seeds, control=control, memory=False)
+    race_id = race(
+        workload, [baseline], store, target="baseline", seeds=seeds, control=control, footprints=False
+    )
     found = summarise(store, store.race(race_id))
     twin = found.arms[1]
     assert twin.wall is not None

@@ -51,7 +51,7 @@ def main() -> None:
     store, workload = Store(options.out), find("stdlib-gpt")
     for number, text in enumerate(TRIALS, 1):
         trial = arm(text, workload.name, "baseline")
-        race_id = race(workload, [trial], store, target=None, seeds=[SEED], control="off", memory=False)
+        race_id = race(workload, [trial], store, target=None, seeds=[SEED], control="off", footprints=False)
         rows = store.run(store.race(race_id)["arms"][0]["runs"][0]).rows()
         last = rows[-1]
         print(

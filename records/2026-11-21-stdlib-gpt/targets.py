@@ -29,7 +29,7 @@ def main() -> None:
     finals = []
     for seed in SEEDS:
         arm = arms(workload.name, options.arm)[options.arm]
-        race_id = race(workload, [arm], store, target=None, seeds=[seed], control="off", memory=False)
+        race_id = race(workload, [arm], store, target=None, seeds=[seed], control="off", footprints=False)
         run = store.run(store.race(race_id)["arms"][0]["runs"][0])
         finals.append(run.rows()[-1][workload.metric])
         print(f"seed {seed}: {finals[-1]:.4f}", flush=True)

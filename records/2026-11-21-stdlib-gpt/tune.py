@@ -29,7 +29,9 @@ Point = tuple[float, int, float]
 
 def final_loss(store: Store, arm: Arm, seed: int) -> float:
     """Loss at the end of the budget."""
-    race_id = race(find("stdlib-gpt"), [arm], store, target=None, seeds=[seed], control="off", memory=False)
+    race_id = race(
+        find("stdlib-gpt"), [arm], store, target=None, seeds=[seed], control="off", footprints=False
+    )
     run = store.run(store.race(race_id)["arms"][0]["runs"][0])
     return run.rows()[-1]["loss"] if run.record["state"] == "done" else float("inf")
 

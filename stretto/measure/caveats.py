@@ -182,7 +182,7 @@ def grid(summary: Summary) -> Iterator[str]:
         yield (
             f"Evaluations lie up to {_percent(most)} of the steps to the target apart, more than the difference in "
             f"steps between {reference.label} and {_listed([label for label, _ in coarse])}: evaluate more "
-            "often to see it."
+            "often to see it (--evaluations)."
         )
 
 

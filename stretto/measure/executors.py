@@ -35,6 +35,7 @@ class Task:
     """One run to train; `root` is a folder that every worker sees."""
 
     workload: type[Workload]
+    eval_every: float
     arm: Arm
     seed: int
     target: float | None
@@ -49,6 +50,7 @@ def train(task: Task) -> None:
     """Train a run to its target or the end of its budget; one that was begun goes on from its checkpoint."""
     torch.set_num_threads(task.threads)
     workload, store = task.workload(), Store(task.root)
+    workload.eval_every = task.eval_every
     entry = Entry(task.arm, task.arm.name, (task.seed,))
     run = open_run(store, workload, entry, task.seed, task.target, sitting=None)
     contestant = Contestant(workload, entry, task.seed, run, task.target)
@@ -68,7 +70,7 @@ def fill(
     """Train all runs that are not stored. ValueError names those whose workers kept dying, when all others ended."""
     threads, root = torch.get_num_threads(), store.root.resolve()
     tasks = [
-        Task(type(workload), arm, seed, target, root, threads)
+        Task(type(workload), workload.eval_every, arm, seed, target, root, threads)
         for seed in seeds
         for arm in arms
         if not _ended(store, identify(workload, arm, seed, target))

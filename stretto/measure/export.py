@@ -3,9 +3,10 @@
 JSON: {"schema": 1, "reports": [report]}. A report holds kind, id, created, workload, metric, falls, fingerprint,
 target, target_valid, reference, control, answers [{arm, sentence}], caveats [sentence], arms, runs, study and quality
 (null for others). Intervals are {estimate, low, high}; what is not known, and what is infinite, is null.
-- arms: name, short, batch, budget (examples), parameters, memory (bytes), seeds, reached, unfinished, times {wall,
-  cpu (seconds), steps}, speed_up {wall, cpu, steps: interval with verdict, method, confidence, spread, p_value},
-  cost {step_efficiency, step_cost, overhead, total}, frontier {cost, quality, on_frontier, probability}
+- arms: name, short, batch, budget (examples), parameters, memory (bytes), flops (of a step), seeds, reached,
+  unfinished, times {wall, cpu (seconds), steps}, speed_up {wall, cpu, steps: interval with verdict, method,
+  confidence, spread, p_value}, cost {step_efficiency, step_cost, overhead, total}, frontier {cost, quality,
+  on_frontier, probability}
 - runs: run, arm, seed, state, reached, steps, before (steps), fraction (of the budget), wall, cpu, compile, last
 - study: methods, unit, answers [{method, alone, in_company, on_average}], interactions [{pair, effect}], gap {fitted,
   measured}, best {methods, speed_up, probability, shares, removal, drop}, sentences; all intervals are factors of
@@ -92,6 +93,7 @@ def _arms(part: Part) -> list[Data]:
             "budget": arm.budget,
             "parameters": arm.parameters,
             "memory": arm.memory,
+            "flops": arm.flops,
             "seeds": len(arm.results),
             "reached": arm.hits,
             "unfinished": arm.unfinished,
@@ -221,7 +223,7 @@ def _rows(report: Data) -> Iterator[Data]:
         for group in ("cost", "frontier"):
             for name, value in (arm[group] or {}).items():
                 yield {"figure": group, "of": arm["name"], "and": name, "estimate": value}
-        for name in ("parameters", "memory", "seeds", "reached"):
+        for name in ("parameters", "memory", "flops", "seeds", "reached"):
             yield {"figure": name, "of": arm["name"], "estimate": arm[name]}
     for run in report["runs"]:
         for unit in UNITS:

@@ -141,7 +141,7 @@ def run(
     plan: QualityPlan,
     store: Store,
     *,
-    memory: bool = True,
+    footprints: bool = True,
     watch: Callable[[Sequence[Standing]], None] = lambda standings: None,
 ) -> dict[str, Any]:
     """Train all arms in turns and return the comparison as it is stored; an equal one that was stopped goes on.
@@ -153,7 +153,7 @@ def run(
     with stopping_clearly(store.root):
         record["id"] = store.save_quality({**record, "state": "running"})
         race_id = race(
-            plan.workload, plan.arms, store, target=None, seeds=plan.seeds, memory=memory, watch=watch
+            plan.workload, plan.arms, store, target=None, seeds=plan.seeds, footprints=footprints, watch=watch
         )
         state = "interrupted" if store.race(race_id)["interrupted"] else "done"
         store.save_quality({**record, "state": state, "race": race_id})

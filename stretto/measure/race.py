@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from stretto.core import stable_hash
 from stretto.measure.clock import Stopwatch
-from stretto.measure.memory import peak_memory
+from stretto.measure.footprint import UNKNOWN, Footprint, footprint
 from stretto.measure.outcomes import find_crossing
 from stretto.measure.recording import clock, evaluation, first_record, identify, marks, seconds
 from stretto.measure.store import ENDED, Run, Store
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stretto.workloads import Workload
 
 PROBE_BLOCKS = 10  # for each stored run, in which the cost of its steps is measured again
-BLOCKS_PER_EVALUATION = 4  # the finer the blocks, the less a burst of noise falls on one contestant alone
+BLOCKS = 80  # of a run, or a few more: the finer, the less a burst of noise falls on one contestant alone
 CHECKPOINT_SECONDS = 10.0  # between checkpoints of one run
 Control = Literal["same", "fresh", "off"]
 
@@ -56,7 +56,7 @@ class Entry:
     costs: dict[int, tuple[float, float]] = field(default_factory=dict)  # by seed: wall and CPU seconds of a
     # step, measured again in this sitting
     parameters: int | None = None
-    memory: int | None = None
+    footprint: Footprint = UNKNOWN
 
 
 class Contestant:
@@ -72,7 +72,8 @@ class Contestant:
         steps = self.trainer.plan.steps
         self.rows = [row for row in run.rows() if row["step"] <= self.trainer.step]
         self.marks = marks(self.trainer)
-        blocks = BLOCKS_PER_EVALUATION * max(1, round(1 / workload.eval_every))
+        evaluations = max(1, round(1 / workload.eval_every))
+        blocks = evaluations * max(1, round(BLOCKS / evaluations))
         self.stops = sorted({math.ceil(steps * k / blocks) for k in range(1, blocks + 1)})
 
     def _resume(self) -> None:
@@ -186,7 +187,7 @@ def race(
     target: str | None,
     seeds: Sequence[int] = (0, 1, 2),
     control: Control = "same",
-    memory: bool = True,
+    footprints: bool = True,
     watch: Callable[[Sequence[Standing]], None] = lambda standings: None,
 ) -> str:
     """Race arms to a target of the workload (None: each to the end of its budget); returns the race's id.
@@ -215,7 +216,7 @@ def race(
         if not whole:
             _run_rounds(workload, entries, missing, store, value, sitting, order, watch)
         for entry in entries:
-            _describe(workload, entry, entries, memory)
+            _describe(workload, entry, entries, footprints)
     except KeyboardInterrupt:
         interrupted = True
     return store.save_race(_record(workload, entries, value, target, control, sitting, order, interrupted))
@@ -312,21 +313,26 @@ def _steps_counted(run: Run) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def _describe(workload: Workload, entry: Entry, entries: list[Entry], memory: bool) -> None:
-    """Parameters and peak memory of an arm; kept in its runs, equal for a control and at another budget."""
+def _describe(workload: Workload, entry: Entry, entries: list[Entry], footprints: bool) -> None:
+    """Parameters and footprint of an arm; kept in its runs, equal for a control and at another budget."""
     own = (entry.arm.recipe, entry.arm.batch)
     alike = (other for other in entries if (other.arm.recipe, other.arm.batch) == own)
     twin = next((other for other in alike if other.parameters), None)
     if twin:
-        entry.parameters, entry.memory = twin.parameters, twin.memory
+        entry.parameters, entry.footprint = twin.parameters, twin.footprint
         return
     trainer = make_trainer(workload, entry.arm, seed=0)
     entry.parameters = sum(p.numel() for p in trainer.model.parameters())
-    stored = [run.record["memory"] for run in entry.runs.values() if run.record["memory"]]
-    entry.memory = stored[0] if stored else (peak_memory(type(workload), entry.arm) if memory else None)
+    known = [found for run in entry.runs.values() if (found := _footprint(run)) != UNKNOWN]
+    if known or footprints:
+        entry.footprint = known[0] if known else footprint(type(workload), entry.arm)
     for run in entry.runs.values():
-        if run.record["memory"] != entry.memory:
-            run.update(memory=entry.memory)
+        if _footprint(run) != entry.footprint:
+            run.update(**entry.footprint._asdict())
+
+
+def _footprint(run: Run) -> Footprint:
+    return Footprint(run.record.get("memory"), run.record.get("flops"))
 
 
 def _record(
@@ -362,7 +368,7 @@ def _record(
                 "batch": entry.arm.batch or workload.batch,
                 "budget": entry.arm.budget or workload.budget,
                 "parameters": entry.parameters,
-                "memory": entry.memory,
+                **entry.footprint._asdict(),
                 "runs": [run.id for run in entry.runs.values()],
                 "times": {run.id: _time(entry, run, sitting) for run in entry.runs.values()},
             }

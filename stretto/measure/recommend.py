@@ -69,7 +69,7 @@ def confirm(
     arm: Arm,
     count: int,
     *,
-    memory: bool = True,
+    footprints: bool = True,
     watch: Callable[[Sequence[Standing]], None] = lambda standings: None,
 ) -> dict[str, Any] | None:
     """Race the recommended arm against the reference on so many seeds that the study did not use.
@@ -93,7 +93,7 @@ def confirm(
             store,
             target=study["target_name"],
             seeds=seeds,
-            memory=memory,
+            footprints=footprints,
             watch=watch,
         )
         raced = store.race(race_id)

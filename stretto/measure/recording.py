@@ -63,7 +63,7 @@ def first_record(
         "schema": SCHEMA, "sitting": sitting, "workload": workload.fields(), "recipe": arm.recipe.to_json(),
         "budget": identity["budget"], "seed": identity["seed"], "arm": label,
         "execution": identity["execution"], "versions": identity["versions"], "machine": machine(),
-        "state": "running", "error": None, "crossing": None, "clock": None, "memory": None,
+        "state": "running", "error": None, "crossing": None, "clock": None, "memory": None, "flops": None,
     }  # fmt: skip
 
 

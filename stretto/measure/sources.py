@@ -243,7 +243,10 @@ def _as_arm(name: str, parts: tuple[Any, ...], runs: Sequence[Run]) -> dict[str,
         "hash": recipe_hash,
         "batch": batch,
         "budget": budget,
-        "memory": next((run.record["memory"] for run in runs if run.record.get("memory")), None),
+        **{
+            key: next(filter(None, (run.record.get(key) for run in runs)), None)
+            for key in ("memory", "flops")
+        },
         "runs": [run.id for run in runs],
     }
 

@@ -21,7 +21,7 @@ def run(
     *,
     executor: Executor = "interleaved",
     workers: int | None = None,
-    memory: bool = True,
+    footprints: bool = True,
     watch: Callable[[Sequence[Standing]], None] = lambda standings: None,
 ) -> dict[str, Any]:
     """Race the compositions and return the study as it is stored; an equal study that was stopped goes on.
@@ -43,7 +43,13 @@ def run(
             store.save_study({**study, "state": "interrupted"})
             return store.study(study["id"])
         race_id = race(
-            plan.workload, arms, store, target=plan.target, seeds=plan.seeds, memory=memory, watch=watch
+            plan.workload,
+            arms,
+            store,
+            target=plan.target,
+            seeds=plan.seeds,
+            footprints=footprints,
+            watch=watch,
         )
         state = "interrupted" if store.race(race_id)["interrupted"] else "done"
         store.save_study({**study, "state": state, "race": race_id})
@@ -72,6 +78,7 @@ def _record(plan: StudyPlan, executor: Executor) -> dict[str, Any]:
         },
         "arms": [plan.arm(present(design.methods, row)).name for row in design.rows],
         "seeds": list(plan.seeds),
+        "eval_every": plan.workload.eval_every,
         "executor": executor,
         "race": None,
     }

@@ -67,6 +67,7 @@ class Arm:
     budget: int | None  # examples
     parameters: int | None
     memory: int | None  # bytes at the peak
+    flops: int | None  # of a step
     results: tuple[Result, ...]
     unfinished: int  # runs interrupted, still running or not found: they count nowhere
     wall: SpeedUp | None = None
@@ -208,6 +209,7 @@ def _arm(race: dict[str, Any], arm: dict[str, Any], stored: dict[str, Run]) -> A
         budget=arm.get("budget"),
         parameters=arm.get("parameters"),
         memory=arm.get("memory"),
+        flops=arm.get("flops"),
         results=tuple(sorted(results, key=lambda result: result.seed)),
         unfinished=len(arm["runs"]) - len(results),
     )

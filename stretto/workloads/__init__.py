@@ -10,11 +10,21 @@ from stretto.workloads.workload import Workload
 WORKLOADS: dict[str, type[Workload]] = {cls.name: cls for cls in (StdlibGPT, Digits)}
 
 
-def find(name: str) -> Workload:
-    """A workload with its data read. Raises ValueError with the nearest names for an unknown one."""
+def find(name: str, evaluations: int | None = None) -> Workload:
+    """A workload with its data read, evaluated so many times a run (None: as often as it is wont to).
+
+    Raises ValueError with the nearest names for an unknown one, and for less than one evaluation.
+    """
     if name not in WORKLOADS:
         raise ValueError(f"there is no workload {name!r}; {nearest(name, WORKLOADS)}")
-    return WORKLOADS[name]()
+    if evaluations is not None and evaluations < 1:
+        raise ValueError(
+            f"{evaluations} evaluations a run do not tell when it reached its target; take 1 or more"
+        )
+    workload = WORKLOADS[name]()
+    if evaluations is not None:
+        workload.eval_every = 1 / evaluations
+    return workload
 
 
 __all__ = ["WORKLOADS", "Digits", "StdlibGPT", "Workload", "find"]

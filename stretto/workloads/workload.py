@@ -17,7 +17,7 @@ class Workload(ABC):
     batch: ClassVar[int]  # examples a step, unless an arm has its own
     budget: ClassVar[int]  # examples of a whole run, unless an arm has its own
     metric: ClassVar[Literal["loss", "accuracy"]]
-    eval_every: ClassVar[float] = 0.05  # share of a run between evaluations
+    eval_every: float = 0.05  # share of a run between evaluations
     targets: ClassVar[dict[str, float]]  # the first is the default
     measured_on: ClassVar[str]  # fingerprint of the data on which the targets were measured
     tokens_per_example: ClassVar[int | None] = None

@@ -42,7 +42,7 @@ def planned(store: Store, *others: Arm, shares: tuple[float, ...] = SHARES, seed
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, str]:
     """A store with one comparison, and its id."""
     store = Store(tmp_path_factory.mktemp("equal"))
-    return store, run(planned(store), store, memory=False)["id"]
+    return store, run(planned(store), store, footprints=False)["id"]
 
 
 # ---- plans
@@ -80,7 +80,7 @@ def test_asked_again_nothing_is_trained_and_the_record_is_the_same(trained: tupl
     store, name = trained
     plan = planned(store)
     assert plan.missing == 0 and "16 of them stored already" in "\n".join(describe(plan))
-    assert run(plan, store, memory=False)["id"] == name and len(store.qualities()) == 1
+    assert run(plan, store, footprints=False)["id"] == name and len(store.qualities()) == 1
 
 
 def test_a_new_contestant_meets_the_stored_baseline(trained: tuple[Store, str], tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_new_contestant_meets_the_stored_baseline(trained: tuple[Store, str], 
     store = Store(shutil.copytree(trained[0].root, tmp_path / "runs"))
     plan = planned(store, Arm("fast", Recipe(AdamW(lr=0.05), WarmupStableDecay())))
     assert plan.missing == 8
-    found = summarise_quality(store, run(plan, store, memory=False))
+    found = summarise_quality(store, run(plan, store, footprints=False))
     assert found.unit == "wall" and [one.name for one in found.contestants] == ["fast"]
 
 
@@ -160,7 +160,7 @@ def test_without_seconds_that_compare_it_is_told_in_examples(tmp_path: Path) -> 
 def test_runs_that_fail_leave_their_budget_out_and_are_named(tmp_path: Path) -> None:
     store = Store(tmp_path)
     found = summarise_quality(
-        store, run(replace(planned(store), recipes=(ADAMW, BROKEN)), store, memory=False)
+        store, run(replace(planned(store), recipes=(ADAMW, BROKEN)), store, footprints=False)
     )
     assert found.contestants == () and equal_figures.drawings(found) == []
     assert (
@@ -179,11 +179,11 @@ def test_an_interrupted_comparison_says_so_and_goes_on(tmp_path: Path) -> None:
         if seen == 20:
             raise KeyboardInterrupt
 
-    record = run(planned(store), store, memory=False, watch=stop)
+    record = run(planned(store), store, footprints=False, watch=stop)
     part = sources.quality_part(store, record["id"])
     assert record["state"] == "interrupted" and "No speed-up can be told" in part.sentences[0]
     assert "It was interrupted: this is what it has so far." in report.page([part])
-    again = run(planned(store), store, memory=False)
+    again = run(planned(store), store, footprints=False)
     assert (again["id"], again["state"]) == (record["id"], "done")
 
 
@@ -224,7 +224,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", Tiny)
     races = {"baseline": {"adamw": (ADAMW.recipe, 8, 320), "half": (HALF.recipe, 8, 320)}}
     monkeypatch.setitem(recipes.WORKLOADS, "tiny", types.SimpleNamespace(RACES=races))
-    monkeypatch.setattr(racing, "peak_memory", lambda *_: 1_000)
+    monkeypatch.setattr(racing, "footprint", lambda *_: racing.Footprint(1_000, 2_000))
 
 
 @pytest.mark.usefixtures("tiny")

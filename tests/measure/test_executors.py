@@ -33,7 +33,7 @@ def losses(store: Store) -> dict[str, list[float]]:
 
 def raced(root: Path) -> dict[str, list[float]]:
     store = Store(root)
-    race(Tiny(), [ADAMW, SLOW], store, target="baseline", seeds=[0], control="off", memory=False)
+    race(Tiny(), [ADAMW, SLOW], store, target="baseline", seeds=[0], control="off", footprints=False)
     return losses(store)
 
 

@@ -22,7 +22,7 @@ from stretto.recipes import Arm
 
 def run_race(store: Store, arms: Sequence[Arm], seeds: Sequence[int] = (0, 1), **options: object) -> dict:
     return store.race(
-        race(Tiny(), arms, store, **{"target": "baseline", "seeds": seeds, "memory": False} | options)
+        race(Tiny(), arms, store, **{"target": "baseline", "seeds": seeds, "footprints": False} | options)
     )
 
 
@@ -166,7 +166,7 @@ def announce(self):
     print("evaluation", flush=True)
     judge(self)
 race.Contestant._judge = announce
-race.race(Tiny(), [ADAMW, SLOW], Store(sys.argv[1]), target="never", seeds=[0, 1], control="off", memory=False)
+race.race(Tiny(), [ADAMW, SLOW], Store(sys.argv[1]), target="never", seeds=[0, 1], control="off", footprints=False)
 """
 
 

@@ -51,14 +51,14 @@ def a_study(**fields: object) -> dict:
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store(tmp_path_factory.mktemp("study"))
-    race = racing.race(Quick(), ARMS, store, target="baseline", seeds=[0, 1, 2], memory=False)
+    race = racing.race(Quick(), ARMS, store, target="baseline", seeds=[0, 1, 2], footprints=False)
     store.save_study(a_study(race=race))
     return store.root
 
 
 def confirm(store: Store, study: str, count: int) -> dict | None:
     found = recommend.recommend(store, study)
-    return recommend.confirm(store, Quick(), found, *arms(found), count, memory=False)
+    return recommend.confirm(store, Quick(), found, *arms(found), count, footprints=False)
 
 
 def test_the_recommended_recipe_holds_what_helps_and_nothing_that_slows(raced: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_command_writes_the_recipe_and_stores_the_verdict(
     raced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(workloads.WORKLOADS, "quick", Quick)
-    monkeypatch.setattr(racing, "peak_memory", lambda *_: None)
+    monkeypatch.setattr(racing, "footprint", lambda *_: racing.UNKNOWN)
     assert Recommend("made", confirm_seeds=2, to=tmp_path / "best.json", out=raced).run() == 0
     out = capsys.readouterr().out
     assert "The best composition is adamw" in out and f"recipe: {tmp_path / 'best.json'}" in out

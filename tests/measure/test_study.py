@@ -33,7 +33,7 @@ def planned(store: Store, methods: str = "ema, sgd:lr=0.05", seeds: int = 2, **o
 
 
 def studied(store: Store, **options: Any) -> dict[str, Any]:
-    return run(planned(store, **options), store, memory=False)
+    return run(planned(store, **options), store, footprints=False)
 
 
 # ---- compositions
@@ -154,7 +154,7 @@ def test_a_study_extended_by_a_seed_and_a_method_trains_only_what_is_new(tmp_pat
     assert len(runs) == (4 + 1) * 2
     plan = planned(store, seeds=3)
     assert plan.runs == 12 and plan.missing == 4
-    second = run(plan, store, memory=False)
+    second = run(plan, store, footprints=False)
     assert second["id"] != first["id"]
     assert len(store.runs()) == len(runs) + 4 + 1
     third = planned(store, methods="ema, sgd:lr=0.05, gradient_clipping:norm=0.3", seeds=3)
@@ -180,7 +180,7 @@ def test_an_interrupted_study_says_so_and_goes_on_under_its_name(tmp_path: Path)
         if len(seen) == 30:
             raise KeyboardInterrupt
 
-    cut = run(planned(store), store, memory=False, watch=interrupt)
+    cut = run(planned(store), store, footprints=False, watch=interrupt)
     assert cut["state"] == "interrupted"
     whole = studied(store)
     assert whole["state"] == "done" and store.studies() == [cut["id"]]
@@ -273,7 +273,7 @@ def test_nobody_to_ask_is_a_plan_and_exit_code_2(
 def test_yes_runs_it_and_gives_the_answer_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(racing, "peak_memory", lambda *_: 1_000)
+    monkeypatch.setattr(racing, "footprint", lambda *_: racing.Footprint(1_000, 2_000))
     assert Study("tiny", ("ema", "sgd:lr=0.05"), "factorial", yes=True, out=tmp_path).run() == 0
     shown = capsys.readouterr().out
     assert shown.index("ema: ") < shown.index("| method") and "study: " in shown

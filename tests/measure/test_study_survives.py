@@ -38,7 +38,7 @@ longer()
 
 def study(root):
     store = Store(root)
-    run(plan(store), store, memory=False)
+    run(plan(store), store, footprints=False)
 
 def evaluations():
     return sum(len(run.rows()) for run in Store(sys.argv[2]).runs())
@@ -140,11 +140,11 @@ def test_a_full_disk_stops_with_one_line_and_a_readable_store(
         full(),
         pytest.raises(ValueError, match=r"the disk of .* is full; make room and give the same") as told,
     ):
-        run(planned, store, memory=False)
+        run(planned, store, footprints=False)
     assert "\n" not in str(told.value)
     assert [store.study(name)["state"] for name in store.studies()] == ["running"]
     assert all("state" in stored.record for stored in Store(tmp_path / "cut").runs())
-    run(planned, store, memory=False)
+    run(planned, store, footprints=False)
     whole = Store(tmp_path / "whole")
-    run(plan(whole), whole, memory=False)
+    run(plan(whole), whole, footprints=False)
     assert study_steps(store.root) == study_steps(whole.root)

@@ -217,7 +217,9 @@ def test_nothing_is_paid_twice(tuned, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_race_without_a_target_shares_its_runs(tuned) -> None:
     store, record = tuned
-    found = store.race(race(Tiny(), [ADAMW], store, target=None, seeds=[30_000], control="off", memory=False))
+    found = store.race(
+        race(Tiny(), [ADAMW], store, target=None, seeds=[30_000], control="off", footprints=False)
+    )
     assert found["arms"][0]["runs"][0] == record["arms"][0]["confirmation"]["runs"][1][0]
 
 
