@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from stretto.measure.footprint import imports
 from stretto.measure.race import Contestant, Entry, open_run
 from stretto.measure.recording import ALONE, identify
 from stretto.measure.store import ENDED, Store, stopping_clearly
@@ -125,17 +126,12 @@ def _spawn(task: Task) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "stretto.measure.executors"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **_imports()},
+        env={**os.environ, **imports()},
     )
     assert process.stdin
     process.stdin.write(pickle.dumps(task))
     process.stdin.close()
     return process
-
-
-def _imports() -> dict[str, str]:
-    """What lets a worker import what this process can: the workload may be the user's own."""
-    return {"PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> str:
@@ -165,7 +161,7 @@ def _ray(tasks: Sequence[Task], workers: int | None) -> dict[Task, str]:
         num_gpus=gpus,
         max_retries=RETRIES,
         retry_exceptions=True,
-        runtime_env={"env_vars": _imports()},
+        runtime_env={"env_vars": imports()},
     )
     waiting, died = list(tasks), dict[Task, str]()
     working: dict[Any, Task] = {}

@@ -25,11 +25,14 @@ class Cost(NamedTuple):
     step_efficiency: float
     step_cost: float
     overhead: float
+    operations: (
+        float | None
+    )  # what step_cost would be if time went by floating-point operations; a cross-check
 
     @property
     def total(self) -> float:
-        """Their product."""
-        return math.prod(self)
+        """The product."""
+        return self.step_efficiency * self.step_cost * self.overhead
 
 
 def colours(summary: Summary) -> list[str]:
@@ -54,7 +57,7 @@ def costs(summary: Summary) -> dict[str, Cost]:
     if reference is None:
         return {}
     return {
-        arm.name: Cost(*arm.parts, _compiling(reference) / _compiling(arm))
+        arm.name: Cost(*arm.parts, _compiling(reference) / _compiling(arm), _operations(reference, arm))
         for arm in summary.arms
         if arm.parts
     }
@@ -62,6 +65,10 @@ def costs(summary: Summary) -> dict[str, Cost]:
 
 def _compiling(arm: Arm) -> float:
     return geometric_mean([1 + result.compile / (result.wall or 1.0) for result in arm.results])
+
+
+def _operations(reference: Arm, arm: Arm) -> float | None:
+    return reference.flops / arm.flops if reference.flops and arm.flops else None
 
 
 def places(summary: Summary) -> dict[str, quality.Place]:

@@ -45,6 +45,7 @@ def arm(store, name, seeds, *, methods=(), times=None, short="", **training):
     return {
         "name": name, "recipe": {"methods": list(methods)}, "short": short, "hash": "abc", "batch": 64,
         "budget": training["steps"] * 64, "parameters": 1_234_567, "memory": 345_000_000,
+        "flops": 2_000_000_000,
         "runs": [run.id for run in runs], "times": times(runs) if times else {},
     }  # fmt: skip
 

@@ -38,7 +38,7 @@ def raced(root: Path) -> dict[str, list[float]]:
 
 
 def task(store: Store, seed: int = 0) -> Task:
-    return Task(Tiny, ADAMW, seed, TARGET, store.root, torch.get_num_threads())
+    return Task(Tiny, Tiny.eval_every, ADAMW, seed, TARGET, store.root, torch.get_num_threads())
 
 
 def test_a_task_trains_what_a_race_would_and_belongs_to_no_sitting(tmp_path: Path) -> None:
@@ -47,6 +47,14 @@ def test_a_task_trains_what_a_race_would_and_belongs_to_no_sitting(tmp_path: Pat
     (run,) = store.runs()
     assert losses(store)[run.id] == raced(tmp_path / "race")[run.id]
     assert run.record["state"] == "target" and run.record["sitting"] is None
+
+
+def test_a_task_is_evaluated_as_often_as_its_race(tmp_path: Path) -> None:
+    workload, store = Tiny(), Store(tmp_path)
+    workload.eval_every = 0.1
+    fill(workload, [SLOW], store, (0,), -1.0, "processes", 1)
+    (run,) = store.runs()
+    assert len(run.rows()) == 10
 
 
 def workers_that(codes: list[str], store: Store) -> Callable[[Task], subprocess.Popen[bytes]]:

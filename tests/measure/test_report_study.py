@@ -72,6 +72,7 @@ def test_the_cost_of_a_speed_up_is_a_product_of_three(part):
     cost, base, fast = figures.costs(part.summary)[name], arms["baseline"], arms[name]
     whole = [(1.0 * one.mean("wall")) for one in (base, fast)]
     assert cost.step_efficiency * cost.step_cost == pytest.approx(whole[0] / whole[1])
+    assert cost.operations == 1  # of these made-up arms
     assert cost.overhead < 1 and cost.total == pytest.approx((whole[0] + 0.5) / (whole[1] + 0.5), rel=1e-3)
 
 
@@ -84,8 +85,8 @@ def test_json_has_its_keys_and_every_number_of_the_page(part):
         "reference", "control", "answers", "caveats", "arms", "runs", "study", "quality",
     }  # fmt: skip
     assert set(found["arms"][3]) == {
-        "name", "short", "batch", "budget", "parameters", "memory", "seeds", "reached", "unfinished", "times",
-        "speed_up", "cost", "frontier",
+        "name", "short", "batch", "budget", "parameters", "memory", "flops", "seeds", "reached", "unfinished",
+        "times", "speed_up", "cost", "frontier",
     }  # fmt: skip
     assert set(found["runs"][0]) == {
         "run", "arm", "seed", "state", "reached", "steps", "before", "fraction", "wall", "cpu", "compile", "last",
