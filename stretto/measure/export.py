@@ -5,8 +5,8 @@ target, target_valid, reference, control, answers [{arm, sentence}], caveats [se
 (null for others). Intervals are {estimate, low, high}; what is not known, and what is infinite, is null.
 - arms: name, short, batch, budget (examples), parameters, memory (bytes), flops (of a step), seeds, reached,
   unfinished, times {wall, cpu (seconds), steps}, speed_up {wall, cpu, steps: interval with verdict, method,
-  confidence, spread, p_value}, cost {step_efficiency, step_cost, overhead, operations, total}, frontier {cost,
-  quality, on_frontier, probability}
+  confidence, spread, p_value}, cost {step_efficiency, step_cost, overhead, total}, frontier {cost, quality,
+  on_frontier, probability}
 - runs: run, arm, seed, state, reached, steps, before (steps), fraction (of the budget), wall, cpu, compile, last
 - study: methods, unit, answers [{method, alone, in_company, on_average}], interactions [{pair, effect}], gap {fitted,
   measured}, best {methods, speed_up, probability, shares, removal, drop}, sentences; all intervals are factors of

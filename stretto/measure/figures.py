@@ -25,14 +25,11 @@ class Cost(NamedTuple):
     step_efficiency: float
     step_cost: float
     overhead: float
-    operations: (
-        float | None
-    )  # what step_cost would be if time went by floating-point operations; a cross-check
 
     @property
     def total(self) -> float:
-        """The product."""
-        return self.step_efficiency * self.step_cost * self.overhead
+        """Their product."""
+        return math.prod(self)
 
 
 def colours(summary: Summary) -> list[str]:
@@ -57,7 +54,7 @@ def costs(summary: Summary) -> dict[str, Cost]:
     if reference is None:
         return {}
     return {
-        arm.name: Cost(*arm.parts, _compiling(reference) / _compiling(arm), _operations(reference, arm))
+        arm.name: Cost(*arm.parts, _compiling(reference) / _compiling(arm))
         for arm in summary.arms
         if arm.parts
     }
@@ -67,8 +64,12 @@ def _compiling(arm: Arm) -> float:
     return geometric_mean([1 + result.compile / (result.wall or 1.0) for result in arm.results])
 
 
-def _operations(reference: Arm, arm: Arm) -> float | None:
-    return reference.flops / arm.flops if reference.flops and arm.flops else None
+def operations(summary: Summary) -> dict[str, float]:
+    """How many times fewer operations a step of each arm takes, by name: what its step cost would be if time went
+    by them. Both far apart tell of a step that waits, or of work that is no product.
+    """
+    base = next((arm.flops for arm in summary.arms if arm.name == summary.race["reference"]), None)
+    return {arm.name: base / arm.flops for arm in summary.arms if base and arm.flops}
 
 
 def places(summary: Summary) -> dict[str, quality.Place]:

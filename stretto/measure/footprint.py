@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -35,10 +36,14 @@ UNKNOWN = Footprint(None, None)
 def footprint(workload: type[Workload], arm: Arm) -> Footprint:
     """Take an arm's first steps in a process of its own; nothing is known where that fails."""
     task = pickle.dumps((workload, arm))
-    done = subprocess.run(
-        [sys.executable, "-m", "stretto.measure.footprint"], input=task, capture_output=True
-    )
+    command, environment = [sys.executable, "-m", "stretto.measure.footprint"], {**os.environ, **imports()}
+    done = subprocess.run(command, input=task, capture_output=True, env=environment)
     return Footprint(*json.loads(done.stdout)) if done.returncode == 0 else UNKNOWN
+
+
+def imports() -> dict[str, str]:
+    """The environment in which a process can import what this one can: the workload may be the user's own."""
+    return {"PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
 
 
 def count_flops(trainer: Trainer) -> int:

@@ -114,6 +114,7 @@ def _shown(part: Part, prefix: str) -> dict[str, Any]:
         "own_figures": [drawing.svg(one, prefix) for one in _own_drawings(part)],
         "pairs": [pair for pair in part.pairs if pair[1]],
         "costs": figures.costs(summary),
+        "operations": figures.operations(summary),
         "places": figures.places(summary),
         "timed": figures.timed(summary),
         "facts": {part: _facts(summary.runs, part) for part in ("machine", "execution", "versions")},

@@ -72,7 +72,6 @@ def test_the_cost_of_a_speed_up_is_a_product_of_three(part):
     cost, base, fast = figures.costs(part.summary)[name], arms["baseline"], arms[name]
     whole = [(1.0 * one.mean("wall")) for one in (base, fast)]
     assert cost.step_efficiency * cost.step_cost == pytest.approx(whole[0] / whole[1])
-    assert cost.operations == 1  # of these made-up arms
     assert cost.overhead < 1 and cost.total == pytest.approx((whole[0] + 0.5) / (whole[1] + 0.5), rel=1e-3)
 
 
