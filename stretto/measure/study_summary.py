@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -115,6 +115,10 @@ def _fit(study: dict[str, Any], race: Summary, unit: Unit) -> effects.Fit | None
         return None
     longest = max(getattr(result, unit) or 0.0 for _, result in runs)
     outcomes: list[Outcome] = [result.outcome(unit, longest) for _, result in runs]
+    if all(
+        outcome.reached for outcome in outcomes
+    ):  # least squares on the times of the crossings, as in races
+        outcomes = [replace(outcome, before=None) for outcome in outcomes]
     return effects.fit(
         factors(study), np.array([row for row, _ in runs]), outcomes, tells_with_pairs(design_of(study))
     )

@@ -5,12 +5,12 @@ Seconds compare inside one sitting only: where a run has none that count, there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import caveats
-from .outcomes import Outcome
+from .outcomes import Outcome, Row
 from .power import seeds_needed
 from .reading import readable, tunings
 from .statistics import Parts, SpeedUp, decompose, figure, geometric_mean, speed_up
@@ -32,6 +32,7 @@ class Result:
     reached: bool
     steps: int
     before: int | None  # steps at the evaluation before its crossing
+    since: float | None  # share of its wall seconds that were over at that evaluation
     fraction: float | None  # of its budget
     wall: float | None
     cpu: float | None
@@ -46,8 +47,9 @@ class Result:
         """The run as statistics wants it, in "wall", "cpu" or "steps". More time would not have helped a failed one:
         it missed as late as the longest of the runs that it is compared with.
         """
-        time = longest if self.state == "failed" else getattr(self, unit)
-        return Outcome(self.seed, time or 1e-6, self.reached)
+        time = (longest if self.state == "failed" else getattr(self, unit)) or 1e-6
+        share = self.before / self.steps if unit == "steps" and self.before else self.since
+        return Outcome(self.seed, time, self.reached, time * share if self.reached and share else None)
 
     def counted(self, unit: str) -> bool:
         """Whether its seconds count in this race; a failed run counts as a miss even without any."""
@@ -238,6 +240,7 @@ def _result(race: dict[str, Any], timing: dict[str, Any] | None, run: Run) -> Re
         reached=crossing is not None or (race["target"] is None and record["state"] == "done"),
         steps=steps,
         before=crossing["before"] if crossing else None,
+        since=_share(rows, crossing) if crossing else None,
         fraction=at.get("fraction"),
         wall=wall,
         cpu=timing.get("cpu"),
@@ -252,6 +255,13 @@ def _result(race: dict[str, Any], timing: dict[str, Any] | None, run: Run) -> Re
             if row.get(metric) is not None
         ],
     )
+
+
+def _share(rows: Sequence[Row], crossing: dict[str, int]) -> float | None:
+    """Of a run's seconds to its crossing, those to the evaluation before; none where a clock was not kept."""
+    walls = {row["step"]: row.get("wall") for row in rows}
+    before, at = (walls.get(crossing[end]) for end in ("before", "at"))
+    return before / at if before and at and before < at else None
 
 
 def _against(reference: Arm, arm: Arm) -> Arm:

@@ -75,6 +75,28 @@ def test_runs_that_missed_are_in_the_estimate(store):
     assert summary.answers[0][1].endswith("Runs that missed count as longer than their budget.")
 
 
+@pytest.mark.parametrize("unit", ["wall", "steps"])
+def test_beside_misses_a_crossing_lies_between_two_evaluations(store, unit):
+    base, fast = arm(store, "baseline", range(3), **BASELINE), arm(store, "fast", range(3), **FAST)
+    missed = store.run(base["runs"][1])
+    missed.update(state="done", crossing=None)
+    found = getattr(arms_of(race_of(store, base, fast))["fast"], unit)
+    runs = {arm["name"]: [store.run(name) for name in arm["runs"]] for arm in (base, fast)}
+    key = "step" if unit == "steps" else unit
+    expected = []
+    for arms in runs.values():
+        expected.append([])
+        for seed, run in enumerate(arms):
+            at = {row["step"]: row[key] for row in run.rows()}
+            crossing = run.record["crossing"]
+            if crossing:
+                expected[-1].append(Outcome(seed, at[crossing["at"]], before=at[crossing["before"]]))
+            else:
+                expected[-1].append(Outcome(seed, at[max(at)], reached=False))
+    assert found.estimate == pytest.approx(speed_up(*expected).estimate)
+    assert found.low == pytest.approx(speed_up(*expected).low)
+
+
 def test_a_failed_run_counts_as_a_miss_even_before_its_first_evaluation(store):
     base, fast = arm(store, "baseline", range(3), **BASELINE), arm(store, "fast", range(3), **FAST)
     run = store.run(fast["runs"][1])
