@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stretto.train import Trainer
 
 PROBE_STEPS = 7  # timed steps, spread over a run
+FOOTPRINT = 5 / 3600  # hours, about, to start a process and measure an arm's footprint there
 
 Key = TypeVar("Key")
 
@@ -38,6 +39,11 @@ def evaluating(trainer: Trainer) -> float:
     start = time.perf_counter()
     trainer.evaluate()
     return (time.perf_counter() - start) / trainer.workload.eval_every / 3600
+
+
+def told(hours: float, arms: int) -> str:
+    """What all of it takes: the runs of so many hours, and the footprints of so many arms."""
+    return f"at most {in_words(hours)}, and about {in_words(FOOTPRINT * arms)} for memory and operations of a step"
 
 
 def in_words(hours: float) -> str:

@@ -132,7 +132,8 @@ def describe(plan: QualityPlan) -> list[str]:
         f"{plan.runs - plan.missing} of them stored already, and {len(plan.seeds)} of the control"
     )
     lines.append(
-        f"at most {in_words(plan.hours_left)}; one run of {plan.recipes[0].name} {in_words(plan.hours(0, 1.0))}"
+        f"one run of {plan.recipes[0].name} {in_words(plan.hours(0, 1.0))}; "
+        f"all {forecast.told(plan.hours_left, len(plan.recipes))}"
     )
     return lines
 

@@ -16,7 +16,7 @@ import numpy as np
 from stretto.core import Method, Recipe, short_form
 from stretto.measure import designs, effects, forecast
 from stretto.measure.designs import Composition, Design
-from stretto.measure.forecast import in_words
+from stretto.measure.forecast import in_words, told
 from stretto.measure.outcomes import Outcome
 from stretto.measure.power import power
 from stretto.measure.race import make_trainer
@@ -180,7 +180,7 @@ def describe(plan: StudyPlan) -> list[str]:
         f"{plan.runs} runs ({count} compositions, {len(plan.seeds)} seed{'s' * (len(plan.seeds) != 1)}), "
         f"{done} of them stored already, and {len(plan.seeds)} of the control"
     )
-    lines.append(f"at most {in_words(plan.hours_left)}; one run of the reference {in_words(plan.hours(()))}")
+    lines.append(f"one run of the reference {in_words(plan.hours(()))}; all {told(plan.hours_left, count)}")
     origin = f"{plan.spread_from} stored runs" if plan.spread_from else "assumed"
     lines.append(f"standard deviation of a run's log time: {plan.spread:.3f} ({origin})")
     for one in resolvable(plan):

@@ -157,6 +157,8 @@ def _plain(name: str) -> str:
 
 def _parse_method(text: str) -> Method:
     name, *assignments = _reading.split(_reading.unwrap_brackets(text), ":")
+    if "=" in name:
+        raise ValueError(f"{name!r} is no method; a field follows its method after a colon: method:{name}")
     method = find(name)
     values: dict[str, Any] = {}
     for assignment in assignments:

@@ -119,6 +119,10 @@ def test_short_forms(text, recipe):
         ("either:first=mixup", "either needs second"),
         ("mixup:0.4", "mixup: '0.4' names no field; write alpha=0.4"),
         ("mixup:alpha=1:alpha=2", "mixup: alpha is given twice"),
+        (
+            "muon:lr=0.02,momentum=0.9",
+            "'momentum=0.9' is no method; a field follows its method after a colon",
+        ),
         ("adamw:betas=(0.9,0.95", "do not match"),
         ("adamw:betas=0.9)", "do not match"),
         ("mixup:alpha=-1", "MixUp: alpha is -1.0; it must be above 0"),
