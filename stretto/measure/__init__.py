@@ -4,7 +4,7 @@ clock.py       what counts as training time
 store.py       runs on disk, named by content
 recording.py   what any run records
 single.py      one run, alone or on many ranks
-race.py        interleaved contests to a target; memory.py its peaks, live.py its table while it runs
+race.py        interleaved contests to a target; footprint.py what steps need, live.py its table while it runs
 
 outcomes.py    crossings of a target that persist, and what a run comes to
 statistics.py  speed-ups, intervals, verdicts; survival.py where runs missed; power.py seeds, many comparisons
@@ -20,7 +20,8 @@ study_plan.py  which compositions a study will run, for how long and what they w
 recommend.py   from a study to a recipe, raced on fresh seeds
 tune.py        successive halving; samplers.py what is tried next
 
-summary.py     what a race showed: numbers, sentences, the table; caveats.py what to mind
+summary.py     what a race showed: numbers, sentences, the table; caveats.py what to mind; on_the_way.py easier
+               targets; misses.py what is known where runs missed
 sources.py     what is asked to be reported; reading.py what of it can be read
 report.py      one HTML page, from stored runs only; figures.py, study_figures.py, equal_figures.py and
                drawing.py its figures

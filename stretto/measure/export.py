@@ -6,7 +6,8 @@ target, target_valid, reference, control, answers [{arm, sentence}], caveats [se
 - arms: name, short, batch, budget (examples), parameters, memory (bytes), flops (of a step), seeds, reached,
   unfinished, times {wall, cpu (seconds), steps}, speed_up {wall, cpu, steps: interval with verdict, method,
   confidence, spread, p_value}, cost {step_efficiency, step_cost, overhead, total}, frontier {cost, quality,
-  on_frontier, probability}
+  on_frontier, probability}, on_the_way [{target, speed_up}] to easier targets, misses {median, per_hit, restricted,
+  logrank} in seconds, or in steps where some run has none
 - runs: run, arm, seed, state, reached, steps, before (steps), fraction (of the budget), wall, cpu, compile, last
 - study: methods, unit, answers [{method, alone, in_company, on_average}], interactions [{pair, effect}], gap {fitted,
   measured}, best {methods, speed_up, probability, shares, removal, drop}, sentences; all intervals are factors of
@@ -29,6 +30,8 @@ from typing import Any
 
 from stretto.measure import figures
 from stretto.measure.equal import EqualSummary
+from stretto.measure.misses import Missed, missed
+from stretto.measure.on_the_way import on_the_way
 from stretto.measure.outcomes import Interval
 from stretto.measure.quality import Equal
 from stretto.measure.sources import Part
@@ -85,6 +88,7 @@ def as_data(part: Part) -> Data:
 
 def _arms(part: Part) -> list[Data]:
     costs, places = figures.costs(part.summary), figures.places(part.summary)
+    way, misses = on_the_way(part.summary), missed(part.summary)
     return [
         {
             "name": arm.name,
@@ -103,9 +107,24 @@ def _arms(part: Part) -> list[Data]:
             if arm.name in costs
             else None,
             "frontier": places[arm.name]._asdict() if arm.name in places else None,
+            "on_the_way": [
+                {"target": target, "speed_up": _speed_up(ups[arm.name])}
+                for target, ups in way.items()
+                if arm.name in ups
+            ],
+            "misses": _misses(misses[arm.name]) if arm.name in misses else None,
         }
         for arm in part.summary.arms
     ]
+
+
+def _misses(found: Missed) -> Data:
+    return {
+        "median": found.median._asdict(),
+        "per_hit": found.per_hit,
+        "restricted": found.restricted and found.restricted._asdict(),
+        "logrank": found.logrank,
+    }
 
 
 def _run(arm: Arm, result: Result) -> Data:
@@ -223,6 +242,14 @@ def _rows(report: Data) -> Iterator[Data]:
         for group in ("cost", "frontier"):
             for name, value in (arm[group] or {}).items():
                 yield {"figure": group, "of": arm["name"], "and": name, "estimate": value}
+        for way in arm["on_the_way"]:
+            ends = {key: way["speed_up"][key] for key in ("estimate", "low", "high", "verdict")}
+            yield {"figure": "on the way", "of": arm["name"], "and": way["target"], **ends}
+        if misses := arm["misses"]:
+            yield {"figure": "median", "of": arm["name"], **misses["median"]}
+            yield {"figure": "per hit", "of": arm["name"], "estimate": misses["per_hit"]}
+            yield {"figure": "restricted", "of": arm["name"], **(misses["restricted"] or {})}
+            yield {"figure": "log-rank", "of": arm["name"], "estimate": misses["logrank"]}
         for name in ("parameters", "memory", "flops", "seeds", "reached"):
             yield {"figure": name, "of": arm["name"], "estimate": arm[name]}
     for run in report["runs"]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stretto.measure import quality
 from stretto.measure.drawing import HUES, Colours, Drawing, Line
+from stretto.measure.misses import reached_by_then
 from stretto.measure.statistics import SpeedUp, figure, geometric_mean
 from stretto.measure.summary import Arm, Points, Summary, size
 
@@ -96,7 +97,8 @@ def drawings(summary: Summary) -> list[Drawing]:
     """All figures of a race for which it has numbers."""
     has_seconds = any(point[1] for arm in summary.arms for result in arm.results for point in result.points)
     found = [curves(summary, name) for name in (("time", "steps") if has_seconds else ("steps",))]
-    return [*found, *filter(None, (forest(summary), cost_bars(summary), frontier(summary)))]
+    misses = reached_by_then(summary, colours(summary))
+    return [*found, *filter(None, (forest(summary), misses, cost_bars(summary), frontier(summary)))]
 
 
 def curves(summary: Summary, name: str) -> Drawing:

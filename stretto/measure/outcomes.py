@@ -68,13 +68,6 @@ def find_crossing(
     return found
 
 
-def crossings(
-    rows: Sequence[Row], metric: str, targets: Sequence[float], falls: bool, steps: int
-) -> dict[float, Crossing | None]:
-    """Each target's crossing, of one run."""
-    return {target: find_crossing(rows, metric, target, falls, steps) for target in targets}
-
-
 def smoothed(rows: Sequence[Row], metric: str, window: int) -> list[Row]:
     """The rows with the median of the last `window` values in place of the metric; none while one is missing.
 

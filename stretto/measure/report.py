@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import drawing, equal_figures, figures, study_figures
 from .equal import equal_cells
+from .misses import missed
+from .on_the_way import on_the_way
 from .sources import Part, race_part
 from .statistics import figure
 from .store import Run, Store
@@ -82,7 +85,7 @@ def page(parts: Sequence[Part]) -> str:
     )  # fmt: skip
     shown_parts = [_shown(part, f"part-{n}-" if n else "") for n, part in enumerate(parts)]
     return environment.get_template("report.html.jinja").render(
-        parts=shown_parts, light=drawing.LIGHT, dark=drawing.DARK
+        parts=shown_parts, infinity=math.inf, light=drawing.LIGHT, dark=drawing.DARK
     )
 
 
@@ -113,6 +116,8 @@ def _shown(part: Part, prefix: str) -> dict[str, Any]:
         "figures": [drawing.svg(one, prefix) for one in figures.drawings(summary)],
         "own_figures": [drawing.svg(one, prefix) for one in _own_drawings(part)],
         "pairs": [pair for pair in part.pairs if pair[1]],
+        "way": on_the_way(summary),
+        "missed": missed(summary),
         "costs": figures.costs(summary),
         "operations": figures.operations(summary),
         "places": figures.places(summary),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from stretto.measure.outcomes import Crossing, Outcome, crossings, find_crossing, outcome, smoothed
+from stretto.measure.outcomes import Crossing, Outcome, find_crossing, outcome, smoothed
 
 
 def rows(*values: float | None) -> list[dict[str, float | None]]:
@@ -66,11 +66,6 @@ def test_a_smoothed_metric_is_the_median_of_the_last_three(
 def test_a_window_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 evaluation, not 0"):
         smoothed(rows(1.0), "loss", 0)
-
-
-def test_one_run_crosses_several_targets() -> None:
-    found = crossings(rows(5, 3, 1, 2, 0.5, 0.4), "loss", [3.0, 1.0, 0.1], falls=True, steps=100)
-    assert found == {3.0: Crossing(10, 20, True), 1.0: Crossing(40, 50, True), 0.1: None}
 
 
 def test_an_outcome_lies_between_two_evaluations() -> None:

@@ -85,7 +85,7 @@ def test_json_has_its_keys_and_every_number_of_the_page(part):
     }  # fmt: skip
     assert set(found["arms"][3]) == {
         "name", "short", "batch", "budget", "parameters", "memory", "flops", "seeds", "reached", "unfinished",
-        "times", "speed_up", "cost", "frontier",
+        "times", "speed_up", "cost", "frontier", "on_the_way", "misses",
     }  # fmt: skip
     assert set(found["runs"][0]) == {
         "run", "arm", "seed", "state", "reached", "steps", "before", "fraction", "wall", "cpu", "compile", "last",
