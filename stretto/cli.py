@@ -45,6 +45,8 @@ class Race:
     """Which of the workload's targets. Default: its first."""
     evaluations: int | None = None
     """How many a run, evenly over its budget: more of them tell its time more finely. Default: the workload's."""
+    smooth: int = 1
+    """Hold the median of so many evaluations against the target, where single ones are noisy."""
     out: Path = Path("runs")
     """Folder of the runs; what is stored there is not trained again."""
 
@@ -55,7 +57,7 @@ class Race:
         from stretto.measure import live, race
         from stretto.measure.store import Store, stopping_clearly
 
-        workload = workloads.find(self.workload, self.evaluations)
+        workload = workloads.find(self.workload, self.evaluations, self.smooth)
         target = self.target or next(iter(workload.targets))
         if target not in workload.targets:
             raise ValueError(f"{workload.name} has no target {target!r}; {nearest(target, workload.targets)}")

@@ -58,6 +58,7 @@ class Recommend:
         study, store = summary.study, Store(self.out)
         workload = workloads.find(study["workload"])
         workload.eval_every = study.get("eval_every", workload.eval_every)
+        workload.smooth = study.get("smooth", 1)
         target = workload.targets[study["target_name"]]
         with live.shown(workload.metric, target, workload.falls) as watch:
             found = recommend.confirm(

@@ -42,6 +42,8 @@ class Study:
     """Which of the workload's targets. Default: its first."""
     evaluations: int | None = None
     """How many a run, evenly over its budget: more of them tell its time more finely. Default: the workload's."""
+    smooth: int = 1
+    """Hold the median of so many evaluations against the target, where single ones are noisy."""
     executor: Literal["interleaved", "processes", "ray"] = "interleaved"
     """Train all here in turns, or first in processes or on a Ray cluster, one run a task."""
     workers: int | None = None
@@ -78,7 +80,7 @@ class Study:
             raise ValueError(f"--budget-hours is {self.budget_hours:g}; it must be above 0")
         design = self._design()
         chosen = list(chain.from_iterable(methods.parse(text).methods for text in self.methods))
-        workload = workloads.find(self.workload, self.evaluations)
+        workload = workloads.find(self.workload, self.evaluations, self.smooth)
         target = self.target or next(iter(workload.targets))
         if target not in workload.targets:
             raise ValueError(f"{workload.name} has no target {target!r}; {nearest(target, workload.targets)}")

@@ -37,6 +37,7 @@ class Task:
 
     workload: type[Workload]
     eval_every: float
+    smooth: int
     arm: Arm
     seed: int
     target: float | None
@@ -51,7 +52,7 @@ def train(task: Task) -> None:
     """Train a run to its target or the end of its budget; one that was begun goes on from its checkpoint."""
     torch.set_num_threads(task.threads)
     workload, store = task.workload(), Store(task.root)
-    workload.eval_every = task.eval_every
+    workload.eval_every, workload.smooth = task.eval_every, task.smooth
     entry = Entry(task.arm, task.arm.name, (task.seed,))
     run = open_run(store, workload, entry, task.seed, task.target, sitting=None)
     contestant = Contestant(workload, entry, task.seed, run, task.target)
@@ -71,7 +72,7 @@ def fill(
     """Train all runs that are not stored. ValueError names those whose workers kept dying, when all others ended."""
     threads, root = torch.get_num_threads(), store.root.resolve()
     tasks = [
-        Task(type(workload), workload.eval_every, arm, seed, target, root, threads)
+        Task(type(workload), workload.eval_every, workload.smooth, arm, seed, target, root, threads)
         for seed in seeds
         for arm in arms
         if not _ended(store, identify(workload, arm, seed, target))

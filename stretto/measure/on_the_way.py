@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING
 
-from stretto.measure.outcomes import Outcome, Row, find_crossing, outcome
+from stretto.measure.outcomes import Outcome, Row, find_crossing, outcome, smoothed
 from stretto.measure.statistics import SpeedUp, speed_up
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def _outcomes(summary: Summary, arm: Arm, target: float, timed: bool) -> list[Ou
         ]
         if not rows or any(not row["unit"] for row in rows):
             return []
-        crossing = find_crossing(rows, metric, target, falls, rows[-1]["step"])
+        judged = smoothed(rows, metric, summary.race.get("smooth", 1))
+        crossing = find_crossing(judged, metric, target, falls, rows[-1]["step"])
         outcomes.append(outcome(rows, crossing, result.seed, "unit"))
     return outcomes

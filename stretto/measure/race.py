@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from stretto.core import stable_hash
 from stretto.measure.clock import Stopwatch
 from stretto.measure.footprint import UNKNOWN, Footprint, footprint
-from stretto.measure.outcomes import find_crossing
+from stretto.measure.outcomes import find_crossing, smoothed
 from stretto.measure.recording import clock, evaluation, first_record, identify, marks, seconds
 from stretto.measure.store import ENDED, Run, Store
 from stretto.train import Trainer, checkpoint
@@ -103,7 +103,8 @@ class Contestant:
         crossing, steps = None, self.trainer.plan.steps
         if self.target is not None:
             workload = self.workload
-            crossing = find_crossing(self.rows, workload.metric, self.target, workload.falls, steps)
+            rows = smoothed(self.rows, workload.metric, workload.smooth)
+            crossing = find_crossing(rows, workload.metric, self.target, workload.falls, steps)
         if crossing and crossing.confirmed:
             self._end("target", crossing={"before": crossing.before, "at": crossing.at})
         elif self.trainer.finished:
@@ -350,6 +351,7 @@ def _record(
         "workload": workload.name,
         "metric": workload.metric,
         "falls": workload.falls,
+        "smooth": workload.smooth,
         "fingerprint": workload.fingerprint,
         "target": value,
         "target_name": target,

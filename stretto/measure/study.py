@@ -79,6 +79,7 @@ def _record(plan: StudyPlan, executor: Executor) -> dict[str, Any]:
         "arms": [plan.arm(present(design.methods, row)).name for row in design.rows],
         "seeds": list(plan.seeds),
         "eval_every": plan.workload.eval_every,
+        "smooth": plan.workload.smooth,
         "executor": executor,
         "race": None,
     }

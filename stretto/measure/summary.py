@@ -123,8 +123,12 @@ class Summary:
     @property
     def goal(self) -> str:
         """The target in words: "loss 2.01"."""
-        target = self.race["target"]
-        return "the end of its budget" if target is None else f"{self.race['metric']} {target:g}"
+        target, smooth = self.race["target"], self.race.get("smooth", 1)
+        if target is None:
+            return "the end of its budget"
+        return f"{self.race['metric']} {target:g}" + (
+            f" (median of {smooth} evaluations)" if smooth > 1 else ""
+        )
 
 
 def summarise(store: Store, race: dict[str, Any]) -> Summary:

@@ -18,6 +18,7 @@ class Workload(ABC):
     budget: ClassVar[int]  # examples of a whole run, unless an arm has its own
     metric: ClassVar[Literal["loss", "accuracy"]]
     eval_every: float = 0.05  # share of a run between evaluations
+    smooth: int = 1  # evaluations whose median is held against the target
     targets: ClassVar[dict[str, float]]  # the first is the default
     measured_on: ClassVar[str]  # fingerprint of the data on which the targets were measured
     tokens_per_example: ClassVar[int | None] = None
@@ -55,4 +56,5 @@ class Workload(ABC):
             "fingerprint": self.fingerprint,
             "metric": self.metric,
             "eval_every": self.eval_every,
+            **({"smooth": self.smooth} if self.smooth > 1 else {}),
         }

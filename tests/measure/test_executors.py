@@ -38,7 +38,7 @@ def raced(root: Path) -> dict[str, list[float]]:
 
 
 def task(store: Store, seed: int = 0) -> Task:
-    return Task(Tiny, Tiny.eval_every, ADAMW, seed, TARGET, store.root, torch.get_num_threads())
+    return Task(Tiny, Tiny.eval_every, Tiny.smooth, ADAMW, seed, TARGET, store.root, torch.get_num_threads())
 
 
 def test_a_task_trains_what_a_race_would_and_belongs_to_no_sitting(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tiny import ADAMW, BROKEN, SLOW, Tiny
 
 from stretto.core import Recipe
 from stretto.measure import race as racing
+from stretto.measure.outcomes import smoothed
 from stretto.measure.race import Standing, race
 from stretto.measure.store import Store
 from stretto.measure.summary import plain, summarise
@@ -52,6 +53,21 @@ def test_a_fresh_control_has_other_seeds(tmp_path: Path) -> None:
     found = run_race(store, [ADAMW], control="fresh")
     seeds = [[store.run(run).record["seed"] for run in arm["runs"]] for arm in found["arms"]]
     assert seeds == [[0, 1], [10_000, 10_001]]
+
+
+def test_the_median_of_evaluations_may_be_what_crosses_and_is_another_run(tmp_path: Path) -> None:
+    store, workload = Store(tmp_path), Tiny()
+    plain_race = run_race(store, [ADAMW], seeds=(0,), control="off")
+    workload.smooth, workload.eval_every = 3, 0.02
+    name = race(workload, [ADAMW], store, target="baseline", seeds=(0,), control="off", footprints=False)
+    found = store.race(name)
+    (run,) = (store.run(one) for one in found["arms"][0]["runs"])
+    assert run.id not in plain_race["arms"][0]["runs"]
+    assert [row["step"] for row in run.rows()][:3] == [1, 2, 3]
+    rows = smoothed(run.rows(), "loss", 3)
+    first = next(row["step"] for row in rows if row["loss"] is not None and row["loss"] <= found["target"])
+    assert run.record["crossing"]["at"] == first
+    assert summarise(store, found).goal == "loss 0.13 (median of 3 evaluations)"
 
 
 def test_a_second_call_trains_nothing_and_keeps_the_sitting(tmp_path: Path) -> None:
