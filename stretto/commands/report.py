@@ -66,7 +66,7 @@ def _print(parts: list[Part]) -> None:
     """The answers and tables: drawn on a terminal, else in Markdown."""
     from rich.console import Console
 
-    from stretto.measure import summary
+    from stretto.measure import suite, summary
 
     console = Console()
     for part in parts:
@@ -80,3 +80,5 @@ def _print(parts: list[Part]) -> None:
             print(sentence)
         for note in (*part.notes, *part.summary.warnings):
             print(f"note: {note}")
+    for name, found in suite.suites([part.summary for part in parts]).items():
+        print(suite.told(name, found))

@@ -1,6 +1,7 @@
 """A report's numbers for other programs, and its words in Markdown.
 
-JSON: {"schema": 1, "reports": [report]}. A report holds kind, id, created, workload, metric, falls, fingerprint,
+JSON: {"schema": 1, "suites": [{arm, seeds, workloads_too, workloads {name: interval}}], "reports": [report]}, suites of
+arms that were raced in several of the reports. A report holds kind, id, created, workload, metric, falls, fingerprint,
 target, target_valid, reference, control, answers [{arm, sentence}], caveats [sentence], arms, runs, study and quality
 (null for others). Intervals are {estimate, low, high}; what is not known, and what is infinite, is null.
 - arms: name, short, batch, budget (examples), parameters, memory (bytes), flops (of a step), seeds, reached,
@@ -37,6 +38,7 @@ from stretto.measure.quality import Equal
 from stretto.measure.sources import Part
 from stretto.measure.statistics import SpeedUp
 from stretto.measure.study_summary import StudySummary, factor
+from stretto.measure.suite import Suite, suites, told
 from stretto.measure.summary import Arm, Result, plain
 
 UNITS = ("wall", "cpu", "steps")
@@ -47,7 +49,13 @@ Data = dict[str, Any]
 
 def as_markdown(parts: Sequence[Part]) -> str:
     """The answer, what to know before believing it, and the tables."""
-    return "\n\n".join(_markdown(part) for part in parts) + "\n"
+    over = [f"- {told(name, found)}" for name, found in _suites(parts).items()]
+    blocks = ["# Over all workloads", "\n".join(over)] if over else []
+    return "\n\n".join([*blocks, *map(_markdown, parts)]) + "\n"
+
+
+def _suites(parts: Sequence[Part]) -> dict[str, Suite]:
+    return suites([part.summary for part in parts])
 
 
 def _markdown(part: Part) -> str:
@@ -64,8 +72,18 @@ def _markdown(part: Part) -> str:
 
 def as_json(parts: Sequence[Part]) -> str:
     """The reports as described above."""
-    data = {"schema": 1, "reports": [as_data(part) for part in parts]}
+    over = [_suite(name, found) for name, found in _suites(parts).items()]
+    data = {"schema": 1, "suites": over, "reports": [as_data(part) for part in parts]}
     return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+
+
+def _suite(name: str, found: Suite) -> Data:
+    return {
+        "arm": name,
+        "seeds": found.seeds._asdict(),
+        "workloads_too": found.workloads_too._asdict(),
+        "workloads": {workload: each._asdict() for workload, each in found.workloads.items()},
+    }
 
 
 def as_data(part: Part) -> Data:
@@ -227,6 +245,10 @@ def as_csv(parts: Sequence[Part]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
+    for name, found in _suites(parts).items():
+        for of, interval in (("seeds", found.seeds), ("workloads too", found.workloads_too)):
+            row = {"report": "", "figure": "suite", "of": name, "and": of, **interval._asdict()}
+            writer.writerow(_finite(row))
     for part in parts:
         writer.writerows({"report": part.id, **row} for row in _rows(_finite(as_data(part))))
     return file.getvalue()

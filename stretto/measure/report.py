@@ -18,6 +18,7 @@ from .sources import Part, race_part
 from .statistics import figure
 from .store import Run, Store
 from .study_summary import factor, shown
+from .suite import suites
 from .summary import cells, count, plain, seconds, size, summarise, table
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ def page(parts: Sequence[Part]) -> str:
         breaking=_breaking, interval=shown, factor=lambda effect: effect and factor(effect),
     )  # fmt: skip
     shown_parts = [_shown(part, f"part-{n}-" if n else "") for n, part in enumerate(parts)]
+    over = suites([part.summary for part in parts])
     return environment.get_template("report.html.jinja").render(
-        parts=shown_parts, infinity=math.inf, light=drawing.LIGHT, dark=drawing.DARK
+        suites=over, parts=shown_parts, infinity=math.inf, light=drawing.LIGHT, dark=drawing.DARK
     )
 
 

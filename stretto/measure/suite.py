@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from stretto.measure import survival
 from stretto.measure.outcomes import Interval, Outcome
 from stretto.measure.statistics import deviation, mean
+from stretto.measure.study_summary import shown
+
+if TYPE_CHECKING:
+    from stretto.measure.summary import Arm, Summary
 
 Arms = tuple[Sequence[Outcome], Sequence[Outcome]]  # the base's runs, and the contestant's
 
@@ -53,9 +58,45 @@ def suite(workloads: Mapping[str, Arms], confidence: float = 0.95) -> Suite:
     )
 
 
+def suites(summaries: Sequence[Summary]) -> dict[str, Suite]:
+    """Recipes that were raced against the reference in two or more races, by name, in wall time.
+
+    A race has no part in it where an arm never reached the target or has a single run, and where some run has no
+    seconds that compare.
+    """
+    found: dict[str, dict[str, Arms]] = {}
+    names = Counter(summary.race["workload"] for summary in summaries)
+    for summary in summaries:
+        reference = next((arm for arm in summary.arms if arm.name == summary.race["reference"]), None)
+        workload = summary.race["workload"]
+        place = workload if names[workload] == 1 else f"{workload} to {summary.goal}"
+        for arm in summary.arms:
+            skipped = (summary.race["reference"], summary.race.get("control"))
+            if reference and arm.wall and arm.name not in skipped and _counts(reference) and _counts(arm):
+                found.setdefault(arm.name, {})[place] = (_outcomes(reference), _outcomes(arm))
+    return {name: suite(races) for name, races in found.items() if len(races) > 1}
+
+
+def told(name: str, found: Suite) -> str:
+    """A suite in words."""
+    return (
+        f"{name} over {len(found.workloads)} workloads: {shown(found.seeds)} on the geometric mean, had they been "
+        f"run on other seeds; {shown(found.workloads_too)}, had others been chosen."
+    )
+
+
+def _counts(arm: Arm) -> bool:
+    return arm.timed and arm.hits > 0 and len(arm.results) > 1
+
+
+def _outcomes(arm: Arm) -> list[Outcome]:
+    longest = max(result.wall or 0.0 for result in arm.results)
+    return [result.outcome("wall", longest) for result in arm.results]
+
+
 def log_ratio(name: str, base: Sequence[Outcome], other: Sequence[Outcome]) -> LogRatio:
-    """A workload's log ratio: of pairs where both arms have the same seeds, else Welch's; with misses, or
-    crossings between evaluations, from the likelihood.
+    """A workload's log ratio: of pairs where both arms have the same seeds, else Welch's; with misses, from the
+    likelihood.
     """
     if min(len(base), len(other)) < 2:
         raise ValueError(f"{name}: an interval needs 2 runs or more of each arm")
@@ -63,7 +104,7 @@ def log_ratio(name: str, base: Sequence[Outcome], other: Sequence[Outcome]) -> L
         raise ValueError(
             f"{name}: an arm has no hit, so its speed-up is a bound; leave the workload out and say so"
         )
-    if not all(outcome.reached and outcome.before is None for outcome in (*base, *other)):
+    if not all(outcome.reached for outcome in (*base, *other)):
         return _censored(base, other)
     by_seed = [{outcome.seed: math.log(outcome.time) for outcome in arm} for arm in (base, other)]
     if by_seed[0].keys() == by_seed[1].keys() and len(by_seed[0]) == len(base) == len(other):

@@ -77,7 +77,7 @@ def test_the_cost_of_a_speed_up_is_a_product_of_three(part):
 
 def test_json_has_its_keys_and_every_number_of_the_page(part):
     data = json.loads(export.as_json([part]))
-    assert list(data) == ["schema", "reports"] and data["schema"] == 1
+    assert list(data) == ["schema", "suites", "reports"] and data["schema"] == 1 and data["suites"] == []
     (found,) = data["reports"]
     assert set(found) == {
         "kind", "id", "created", "workload", "metric", "falls", "fingerprint", "target", "target_valid",

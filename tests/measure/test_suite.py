@@ -2,16 +2,20 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made import arm as train_arm
+from made import make_race
 from scipy import stats
 
 from stretto.measure import algoperf
 from stretto.measure.algoperf_logs import BASES, read
 from stretto.measure.outcomes import Outcome
-from stretto.measure.suite import suite
+from stretto.measure.suite import suite, suites, told
+from stretto.measure.summary import summarise
 
 SHARED = Path(os.environ.get("STRETTO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ORACLE = SHARED / "algoperf-v05"
@@ -116,3 +120,24 @@ def test_algoperfs_shampoo_over_its_baseline():
     assert len(found.workloads) == 8
     assert (found.seeds.low, found.seeds.high) == pytest.approx((0.69, 0.76), abs=0.015)
     assert found.workloads_too.low < 0.58 and found.workloads_too.high > 0.88
+
+
+def test_recipes_of_several_races_are_a_suite_of_the_races_own_outcomes(store):
+    """One that was in a single race, or never reached a target, has no mean over workloads."""
+    base, fast = {"rate": 0.0035, "cost": 0.03, "steps": 2000}, {"rate": 0.02, "cost": 0.047, "steps": 500}
+    never = {"rate": 0.0008, "cost": 0.02, "steps": 2000}
+    found = []
+    for workload, seeds in (("digits", range(3)), ("letters", range(5, 9))):
+        arms = [train_arm(store, "baseline", seeds, **base), train_arm(store, "fast", seeds, **fast)]
+        arms.append(train_arm(store, "never", seeds, **never))
+        if workload == "letters":
+            arms.append(train_arm(store, "once", seeds, **fast))
+        race = make_race(arms)
+        found.append(replace(summarise(store, race), race=race | {"workload": workload}))
+    over = suites(found)
+    assert list(over) == ["fast"] and list(over["fast"].workloads) == ["digits", "letters"]
+    each = [summary.arms[1].wall for summary in found]
+    assert over["fast"].seeds.estimate == pytest.approx(math.sqrt(math.prod(one.estimate for one in each)))
+    assert over["fast"].workloads["digits"] == pytest.approx((each[0].estimate, each[0].low, each[0].high))
+    assert told("fast", over["fast"]).startswith("fast over 2 workloads: ")
+    assert suites(found[:1]) == {}
