@@ -204,7 +204,8 @@ def power(summary: Summary) -> Iterator[str]:
         effect = math.expm1(abs(math.log(found.estimate))) if found.estimate else 0.0
         if effect < FAINT or not found.spread:
             continue
-        needed = max(seeds_needed(effect, min(found.spread, 1.0)), len(arm.results) + 1)
+        paired = found.method == "paired"
+        needed = max(seeds_needed(effect, min(found.spread, 1.0), paired=paired), len(arm.results) + 1)
         told = f"more than {MANY}" if needed > MANY else f"about {needed}"
         wanted.append(f"{arm.label} ({figure(found.estimate or 1.0)}x) {told}")
     if wanted:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def power(effect: float, sd: float, seeds: int, confidence: float = 0.95) -> float:
-    """Probability that two arms of `seeds` runs resolve a speed-up of 1 + effect; `sd` is that of one log time.
+def power(effect: float, sd: float, seeds: int, confidence: float = 0.95, paired: bool = False) -> float:
+    """Probability that two arms of `seeds` runs resolve a speed-up of 1 + effect; `sd` is that of one log time, less
+    what pairing cancels where the runs are paired.
 
     From the noncentral t: the normal formula promises .80 and delivers .62 to .78 for few seeds. Welch's intervals,
     which allow for unequal sds, deliver up to .04 less than this at 4 seeds, and the same from 10 on.
@@ -21,16 +22,21 @@ def power(effect: float, sd: float, seeds: int, confidence: float = 0.95) -> flo
         )
     if sd == 0:
         return 1.0
-    degrees, shift = 2 * seeds - 2, math.log1p(effect) / (sd * math.sqrt(2 / seeds))
+    degrees, shift = (seeds - 1) * (1 if paired else 2), math.log1p(effect) / (sd * math.sqrt(2 / seeds))
     return 1 - float(nctdtr(degrees, shift, stdtrit(degrees, (1 + confidence) / 2)))
 
 
 def seeds_needed(
-    effect: float, sd: float, wanted: float = 0.8, confidence: float = 0.95, least: int = 3
+    effect: float,
+    sd: float,
+    wanted: float = 0.8,
+    confidence: float = 0.95,
+    least: int = 3,
+    paired: bool = False,
 ) -> int:
     """Seeds in each of two arms to resolve a speed-up of 1 + effect with the power that is wanted."""
     seeds = max(least, 2)
-    while power(effect, sd, seeds, confidence) < wanted:
+    while power(effect, sd, seeds, confidence, paired) < wanted:
         seeds += max(1, seeds // 1000)  # to 0.1 % where thousands are needed
     return seeds
 

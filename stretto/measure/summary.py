@@ -321,7 +321,7 @@ def _answer(summary: Summary, reference: Arm | None, arm: Arm) -> str:
     if arm.wall is None:
         text += f" Seconds are not compared: {arm.why or reference.why}."
     if found.verdict == "not resolved" and found.spread and summary.race["target_valid"]:
-        needed = seeds_needed(0.05, min(found.spread, 1.0))
+        needed = seeds_needed(0.05, min(found.spread, 1.0), paired=found.method == "paired")
         text += f" At this spread, about {needed} seeds an arm would resolve a difference of 5 %."
     return text
 

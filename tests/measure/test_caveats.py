@@ -135,7 +135,7 @@ def test_how_many_seeds_would_resolve_what_is_not_resolved(store):
     base["times"] = {run: {"wall": 28.0, "cpu": 28.0, "source": "sitting"} for run in base["runs"]}
     summary = summary_of(store, base, fast)
     assert summary.arms[1].wall.verdict == "not resolved"
-    assert "as far from 1 as it looks: close (1.09x) about 50." in told(caveats.power, summary)
+    assert "as far from 1 as it looks: close (1.09x) about 51." in told(caveats.power, summary)
     assert not told(caveats.power, two(store))
     assert not told(caveats.power, summary_of(store, base, fast, target_valid=False))
 

@@ -35,12 +35,24 @@ def test_simulated_power_is_within_two_points(sd, effect, seeds):
     difference = base.mean(1) - other.mean(1) + math.log1p(effect)
     shares = base.var(1, ddof=1) / seeds, other.var(1, ddof=1) / seeds
     error = np.sqrt(sum(shares))
-    welch = error**4 * (seeds - 1) / sum(share**2 for share in shares)
     resolved = np.abs(difference) > special.stdtrit(2 * seeds - 2, 0.975) * error
     assert resolved.mean() == pytest.approx(power(effect, sd, seeds), abs=0.02)
     welch = error**4 * (seeds - 1) / sum(share**2 for share in shares)
     resolved = np.abs(difference) > special.stdtrit(welch, 0.975) * error
     assert resolved.mean() == pytest.approx(power(effect, sd, seeds), abs=0.02 if seeds > 5 else 0.045)
+
+
+@pytest.mark.parametrize("sd, effect, seeds", [(0.02, 0.05, 4), (0.07, 0.1, 5), (0.07, 0.1, 10)])
+def test_simulated_power_of_pairs_is_within_two_points(sd, effect, seeds):
+    """What a seed does to both arms cancels, and half of the degrees of freedom with it."""
+    rng = np.random.default_rng(5)
+    own, shared = rng.normal(0, sd, (2, 20_000, seeds)), rng.normal(0, 5 * sd, (20_000, seeds))
+    base, other = own + shared
+    pairs = base - other + math.log1p(effect)
+    reach = special.stdtrit(seeds - 1, 0.975) * pairs.std(1, ddof=1) / math.sqrt(seeds)
+    resolved = np.abs(pairs.mean(1)) > reach
+    assert resolved.mean() == pytest.approx(power(effect, sd, seeds, paired=True), abs=0.02)
+    assert power(effect, sd, seeds, paired=True) < power(effect, sd, seeds)
 
 
 def test_holm_by_hand():
