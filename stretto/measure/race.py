@@ -211,7 +211,7 @@ def race(
     whole = not missing and len(sittings) == 1 and None not in sittings
     sitting = sittings.pop() if whole else secrets.token_hex(6)
     assert sitting
-    order: list[str] = []
+    order: list[Entry] = []
     interrupted = False
     try:
         if not whole:
@@ -238,7 +238,7 @@ def _run_rounds(
     store: Store,
     target: float | None,
     sitting: str,
-    order: list[str],
+    order: list[Entry],
     watch: Callable[[Sequence[Standing]], None],
 ) -> None:
     """Seed by seed, the contestants that are missing, in blocks of random order; probes in the first round."""
@@ -274,14 +274,14 @@ def _later(missing: list[tuple[Entry, int]], seat: int) -> bool:
 def _alternate(
     field: Sequence[Contestant | Probe],
     chance: random.Random,
-    order: list[str],
+    order: list[Entry],
     watch: Callable[[Sequence[Standing]], None],
 ) -> None:
     try:
         while alive := [one for one in field if one.state == "running"]:
             chance.shuffle(alive)
             for one in alive:
-                order.append(one.entry.label)
+                order.append(one.entry)
                 one.block()
                 watch([each.standing() for each in field])
     except BaseException:
@@ -343,10 +343,11 @@ def _record(
     target: str | None,
     control: Control,
     sitting: str,
-    order: list[str],
+    order: list[Entry],
     interrupted: bool,
 ) -> dict[str, Any]:
-    """The race as it is stored: which runs, what they took in this sitting, in which order."""
+    """The race as it is stored: which runs, what they took in this sitting, in which order of arms."""
+    places = {id(entry): place for place, entry in enumerate(entries)}
     return {
         "workload": workload.name,
         "metric": workload.metric,
@@ -360,7 +361,7 @@ def _record(
         "control": entries[1].label if control != "off" else None,
         "sitting": sitting,
         "interrupted": interrupted,
-        "order": order,
+        "order": [places[id(entry)] for entry in order],
         "arms": [
             {
                 "name": entry.label,

@@ -63,7 +63,7 @@ def make_race(arms, **fields):
         "schema": 1, "created": "2026-11-07T10:15:00+00:00", "workload": "stdlib-gpt", "metric": "loss",
         "falls": True, "fingerprint": "0f1e2d3c4b5a", "target": 2.0, "target_name": "baseline",
         "target_valid": True, "reference": "baseline", "control": None, "arms": arms,
-        "order": ["baseline", "fast"] * 70, "sitting": "now", **fields,
+        "order": [0, 1] * 70, "sitting": "now", **fields,
     }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_a_stored_arm_beside_a_new_one_is_measured_again_and_not_trained_again(t
         before = first["arms"][0]["times"][run]
         assert time_again["wall"] != before["wall"]
         assert time_again["wall"] == pytest.approx(before["wall"], rel=9.0)
-    assert second["order"].count("adamw") >= 10
+    assert second["order"].count(0) >= 10
     steps = {
         s
         for arm in (first["arms"][0], stored)
@@ -106,8 +106,8 @@ def test_a_stored_arm_beside_a_new_one_is_measured_again_and_not_trained_again(t
 def test_blocks_of_contestants_alternate_in_changing_order(tmp_path: Path) -> None:
     found = run_race(Store(tmp_path), [ADAMW, SLOW], seeds=[0], control="off")
     order = found["order"]
-    rounds = [tuple(order[i : i + 2]) for i in range(0, 2 * order.count("adamw"), 2)]
-    assert {frozenset(one) for one in rounds} == {frozenset(("adamw", "slow"))}
+    rounds = [tuple(order[i : i + 2]) for i in range(0, 2 * order.count(0), 2)]
+    assert {frozenset(one) for one in rounds} == {frozenset((0, 1))}
     assert len(set(rounds)) == 2 or len(rounds) < 6
 
 
