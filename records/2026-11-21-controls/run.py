@@ -1,4 +1,5 @@
-"""Can the clock be trusted? The digits baseline raced against itself, 20 times on the same seeds, 20 on others.
+"""Can the clock be trusted? The digits baseline raced against itself, 20 times on the same seeds, 20 on others; every
+second race beside a busy loop.
 
     python records/2026-11-21-controls/run.py --out runs-controls
 
@@ -10,8 +11,12 @@ controls.jsonl beside this file and prints how many intervals contain 1.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,26 @@ from stretto.recipes import arms
 from stretto.workloads import find
 
 RACES, SEEDS = 20, 3
+
+
+def spin() -> None:
+    """Be busy until the process ends."""
+    while True:
+        pass
+
+
+@contextmanager
+def busy(wanted: bool) -> Iterator[None]:
+    """A busy loop beside what runs inside, where it is wanted."""
+    loop = multiprocessing.Process(target=spin, daemon=True)
+    if wanted:
+        loop.start()
+    try:
+        yield
+    finally:
+        if wanted:
+            loop.terminate()
+            loop.join()
 
 
 def control_race(store: Store, control: Control, number: int) -> dict[str, Any]:
@@ -53,18 +78,29 @@ def main() -> None:
     kinds: tuple[Control, ...] = ("same", "fresh")
     for kind in kinds:
         for number in range(RACES):
-            found = control_race(Store(options.out / kind), kind, number)
-            races.append(found)
-            print(f"{kind} {number:2}: {found['estimate']} [{found['low']}, {found['high']}]", flush=True)
+            with busy(number % 2 == 1):
+                found = control_race(Store(options.out / kind), kind, number)
+            races.append({"busy": number % 2 == 1, **found})
+            print(
+                f"{kind} {number:2}{' busy' if number % 2 else ''}: {found['estimate']} [{found['low']}, {found['high']}]",
+                flush=True,
+            )
     lines = (json.dumps(found, separators=(",", ":")) for found in races)
     Path(__file__).with_name("controls.jsonl").write_text("\n".join(lines) + "\n")
-    for kind in kinds:
-        mine = [found for found in races if found["control"] == kind]
+    for kind, loaded in itertools.product(kinds, (None, False, True)):
+        mine = [
+            found
+            for found in races
+            if found["control"] == kind and (loaded is None or found["busy"] is loaded)
+        ]
         inside = sum(found["low"] <= 1 <= found["high"] for found in mine)
         half = statistics.median(
             (found["high"] / found["low"]) ** 0.5 - 1 for found in mine if found["low"] > 0
         )
-        print(f"{kind} seeds: {inside} of {len(mine)} intervals contain 1, median half-width {half:.1%}")
+        where = {None: "", False: ", quiet", True: ", beside a busy loop"}[loaded]
+        print(
+            f"{kind} seeds{where}: {inside} of {len(mine)} intervals contain 1, median half-width {half:.1%}"
+        )
 
 
 if __name__ == "__main__":
