@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from stretto.optim.directions import Kept, Rates, Rule
 from stretto.optim.refresh import begin, named, power, refresh, remainder
@@ -203,11 +204,51 @@ class Bucket:
             if refreshing and self.rule.sides:
                 self.refresh(self.due(calls), keep)
             return
+        if keep is None and all(present) and self._is_adam():
+            self._adam()
+            return
         gradient = self._gather([p.grad for p in self.params])
         if self.group["decay"] == "l2" and self.group["weight_decay"]:
             gradient.add_(self._gather(list(self.params)), alpha=self.group["weight_decay"])
         step = self.advance(gradient, present, calls, keep, refreshing, kernels)
         self._write(step, shrink(self.group, keep), present)
+
+    def _is_adam(self) -> bool:
+        """Whether the step is AdamW's and nothing else, on the CPU, where each pass over large tables is dear."""
+        group, rule = self.group, self.rule
+        beta1, lr = group["betas"][0], group["lr"]
+        return (
+            (rule.direction, rule.graft, rule.summed) == ("diagonal", "adam", False)
+            and self.device.type == "cpu" and self.steps >= 0 and not self.masked
+            and beta1 > 0 and group["beta3"] in (None, beta1) and group["bias_correction"]
+            and not group["momentum"] and group["clip"] is None and float(lr) > 0
+            and not (group["decay"] == "l2" and group["weight_decay"])
+            and all(p.dtype == self.dtype for p in self.params)
+        )  # fmt: skip
+
+    def _adam(self) -> None:
+        """The step by torch's kernel, which reads and writes everything once and needs no memory."""
+        group, lr, taken = self.group, float(self.group["lr"]), torch.tensor(float(self.steps))
+        first, second = (
+            [part.view(p.shape) for part, p in zip(self.kept[name].split(self.counts), self.params)]
+            for name in ("momentum", "square")
+        )
+        gradients = [p.grad.contiguous() for p in self.params if p.grad is not None]
+        weights = [p.contiguous() for p in self.params]
+        adamw(
+            weights, gradients, first, second, [], [taken.clone() for _ in self.params], fused=True,
+            beta1=group["betas"][0], beta2=self._graft_beta2, lr=lr, eps=group["eps"],
+            weight_decay=(1 - float(shrink(group, None))) / lr, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        self.steps += 1
+        for p, weight in zip(self.params, weights):
+            if weight is not p:
+                p.copy_(weight)
+
+    @property
+    def _graft_beta2(self) -> float:
+        own: float | None = self.group["graft_beta2"]
+        return float(self.group["betas"][1]) if own is None else own
 
     def advance(
         self,
@@ -310,7 +351,7 @@ class Bucket:
         (beta1, beta2), t, corrected = group["betas"], self.number("step"), group["bias_correction"]
         usual = beta1**2 if rule.direction == "spectral" else beta1
         beta3 = usual if group["beta3"] is None else group["beta3"]
-        graft_beta2 = beta2 if group["graft_beta2"] is None else group["graft_beta2"]
+        graft_beta2 = self._graft_beta2
         return Rates(
             lr=group["lr"] * taking,
             keep=taking,

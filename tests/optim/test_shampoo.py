@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stretto.optim.buckets import Bucket
 from stretto.optim.reference import ShampooReference
 from stretto.optim.shampoo import Shampoo
 
@@ -175,3 +176,22 @@ def test_bfloat16_products_and_storage_give_about_the_same_steps(
         assert off > 0 or (option == "storage" and direction == "spectral")
     smaller = optimizer.state_bytes() < exact.state_bytes()
     assert smaller == (option == "storage" and direction != "spectral")
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "independent", "corrected"])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 1.0), (0.0, 0.95)])
+def test_the_diagonal_rule_by_torchs_kernel_is_the_rule_by_stacks(
+    decay: str, betas: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of large tables took two thirds of a Muon step; the kernel takes what is Adam's and nothing else."""
+    options: dict[str, Any] = {"direction": "diagonal", "decay": decay, "weight_decay": 0.1, "betas": betas}
+    shapes, taken = [(7, 3), (5,), ()], []
+    step = Bucket._adam
+    monkeypatch.setattr(Bucket, "_adam", lambda bucket: (taken.append(bucket), step(bucket)))
+    found, optimizer = fast(shapes, 5, **options)
+    assert bool(taken) == (betas == (0.9, 0.95))
+    monkeypatch.setattr(Bucket, "_is_adam", lambda bucket: False)
+    expected, by_stacks = fast(shapes, 5, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(optimizer.state_dict()["state"].values(), by_stacks.state_dict()["state"].values()):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
