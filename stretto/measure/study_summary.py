@@ -159,6 +159,11 @@ def _sentences(
         ]
         if best.drop and best.drop != best.composition:
             sentences.append(f"Leaving out {', '.join(best.drop)} is not known to cost anything.")
+    if confirmation := study.get("confirmation"):
+        mine = best is not None and list(best.composition) == confirmation["composition"]
+        sentences.append(
+            ("On fresh seeds: " if mine else "Another one, on fresh seeds: ") + confirmation["sentence"]
+        )
     sentences += [_method_sentence(one) for one in sorted(told, key=_slowest)]
     sentences += [
         f"{a} and {b} together give {shown(factor(between))} of the product of their parts."

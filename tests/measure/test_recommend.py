@@ -115,6 +115,12 @@ def test_it_is_confirmed_on_seeds_that_the_study_did_not_use(raced: Path) -> Non
     study = store.study("made")
     assert study["confirmation"] == json.loads(json.dumps(confirmation))
     assert {key: study[key] for key in a_study()} == a_study(race=study["race"])
+    told = recommend.recommend(store, "made").sentences
+    assert f"On fresh seeds: {confirmation['sentence']}" in told
+    store.save_study({**study, "confirmation": {**study["confirmation"], "composition": ["ema"]}})
+    told = recommend.recommend(store, "made").sentences
+    assert f"Another one, on fresh seeds: {confirmation['sentence']}" in told
+    store.save_study(study)
 
 
 def test_an_interrupted_confirmation_is_not_stored(raced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
