@@ -52,7 +52,7 @@ def root(dom):
 def test_the_script_runs_without_an_error_and_nothing_overflows_a_desk(page):
     dom = browse(page, 1280, "--dump-dom")
     assert root(dom) == {"ready": "true", "fits": "true"}
-    assert len(re.findall("<figure", dom)) == 5 and dom.count("use the arrow keys") >= 2
+    assert len(re.findall("<figure", dom)) == 6 and dom.count("use the arrow keys") >= 2
     assert "alert('x')" not in re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL).replace(
         "&lt;script&gt;alert('x')&lt;/script&gt;", ""
     )
