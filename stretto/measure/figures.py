@@ -272,7 +272,7 @@ def frontier(summary: Summary) -> Drawing | None:
     return Drawing(
         "frontier", f"Cost and final {summary.race['metric']}",
         "mean cost and mean quality of each arm, as in the table below",
-        (WIDTH, 3.2), (46, 42, 14, 40), partial(_draw_frontier, summary, found, unit),
+        (WIDTH, 3.2), (56, 42, 14, 40), partial(_draw_frontier, summary, found, unit),
         "Filled: no other is both cheaper and better. Hollow: some other is. The number is the probability of "
         "the former over the seeds.",
     )  # fmt: skip

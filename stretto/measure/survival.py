@@ -204,13 +204,17 @@ def restricted_mean_ratio(
 ) -> Interval:
     """Mean of min(time, horizon) of `base` over that of `other`, with normal limits on the log.
 
-    The horizon is that of the arm observed for less, unless given; the ratio is nearer to 1 than the speed-up, since
-    every miss counts as the horizon.
+    The horizon, unless given, is where the first arm with misses ends, an arm without being known for good; the ratio
+    is nearer to 1 than the speed-up, since every miss counts as the horizon.
     """
     from scipy.special import ndtri
 
     if horizon is None:
-        horizon = min(max(outcome.time for outcome in arm) for arm in (base, other))
+        ends = [max(outcome.time for outcome in arm) for arm in (base, other)]
+        open_ends = [
+            end for end, arm in zip(ends, (base, other)) if not all(outcome.reached for outcome in arm)
+        ]
+        horizon = min(open_ends, default=max(ends))
     (first, first_error), (second, second_error) = (restricted_mean(arm, horizon) for arm in (base, other))
     reach = float(ndtri((1 + confidence) / 2)) * math.hypot(first_error / first, second_error / second)
     return Interval(*(first / second * math.exp(side * reach) for side in (0, -1, 1)))
