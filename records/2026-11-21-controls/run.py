@@ -26,7 +26,7 @@ from stretto.measure.summary import summarise
 from stretto.recipes import arms
 from stretto.workloads import find
 
-RACES, SEEDS = 20, 3
+RACES, SEEDS = 20, 5
 
 
 def spin() -> None:
