@@ -1,9 +1,10 @@
 """Can the clock be trusted? The digits baseline raced against itself, 20 times on the same seeds, 20 on others; every
-second race beside a busy loop.
+second race beside a busy loop on each core.
 
     python records/2026-11-21-controls/run.py --out runs-controls
 
-On the same seeds both arms are equal in every bit, so the interval shows the clock alone; on other seeds it
+One thread: two of them on two cores, one of which something else wants, wait for each other at every operation, and a
+step takes 15 times as long. On the same seeds both arms are equal in every bit, so the interval shows the clock alone; on other seeds it
 shows whether intervals of the speed-up cover the truth, which is 1. Writes one JSON line a race to
 controls.jsonl beside this file and prints how many intervals contain 1.
 """
@@ -14,11 +15,14 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stretto.measure.race import Control, race
 from stretto.measure.store import Store
@@ -37,14 +41,15 @@ def spin() -> None:
 
 @contextmanager
 def busy(wanted: bool) -> Iterator[None]:
-    """A busy loop beside what runs inside, where it is wanted."""
-    loop = multiprocessing.Process(target=spin, daemon=True)
-    if wanted:
+    """A busy loop on each core beside what runs inside, where they are wanted."""
+    cores = (os.cpu_count() or 1) if wanted else 0
+    loops = [multiprocessing.Process(target=spin, daemon=True) for _ in range(cores)]
+    for loop in loops:
         loop.start()
     try:
         yield
     finally:
-        if wanted:
+        for loop in loops:
             loop.terminate()
             loop.join()
 
@@ -74,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs-controls"))
     options = parser.parse_args()
+    torch.set_num_threads(1)
     races: list[dict[str, Any]] = []
     kinds: tuple[Control, ...] = ("same", "fresh")
     for kind in kinds:
@@ -97,7 +103,7 @@ def main() -> None:
         half = statistics.median(
             (found["high"] / found["low"]) ** 0.5 - 1 for found in mine if found["low"] > 0
         )
-        where = {None: "", False: ", quiet", True: ", beside a busy loop"}[loaded]
+        where = {None: "", False: ", quiet", True: ", beside busy loops"}[loaded]
         print(
             f"{kind} seeds{where}: {inside} of {len(mine)} intervals contain 1, median half-width {half:.1%}"
         )

@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from stretto.core import Recipe
 from stretto.measure import designs
@@ -33,22 +36,18 @@ from stretto.workloads import find
 
 FIRST, MORE = "muon, ema", "muon, ema, squeeze_excite, zero_init_residual"
 SEEDS, EVALUATIONS = 5, 100
-LOOPS, SHARE = 2, 0.55  # busy loops, and the share of their time in which they are busy
 
 
-def spin(share: float) -> None:
-    """Be busy for a share of the time, until the process ends."""
+def spin() -> None:
+    """Be busy until the process ends."""
     while True:
-        end = time.perf_counter() + 0.02 * share
-        while time.perf_counter() < end:
-            pass
-        time.sleep(0.02 * (1 - share))
+        pass
 
 
 @contextmanager
 def slowed() -> Iterator[None]:
-    """Busy loops beside what runs inside."""
-    loops = [multiprocessing.Process(target=spin, args=(SHARE,), daemon=True) for _ in range(LOOPS)]
+    """A busy loop on each core beside what runs inside."""
+    loops = [multiprocessing.Process(target=spin, daemon=True) for _ in range(os.cpu_count() or 1)]
     for loop in loops:
         loop.start()
     try:
@@ -89,6 +88,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs-reused"))
     out = parser.parse_args().out
+    torch.set_num_threads(1)  # two of them would wait for each other at every operation beside the loops
     quiet = step_cost()
     at_once = study(Store(out / "at-once"), MORE)
     study(Store(out / "extended"), FIRST)
