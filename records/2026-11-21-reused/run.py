@@ -34,7 +34,7 @@ from stretto.methods import parse
 from stretto.recipes import arms
 from stretto.workloads import find
 
-FIRST, MORE = "muon, ema", "muon, ema, squeeze_excite, zero_init_residual"
+FIRST, MORE = "muon, ema", "muon, ema, label_smoothing, mixup"
 SEEDS, EVALUATIONS = 5, 100
 
 
