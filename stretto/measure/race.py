@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stretto.recipes import Arm
     from stretto.workloads import Workload
 
-PROBE_BLOCKS = 10  # for each stored run, in which the cost of its steps is measured again
+PROBE_BLOCKS = 40  # for each stored run, in which the cost of its steps is measured again
 BLOCKS = 80  # of a run, or a few more: the finer, the less a burst of noise falls on one contestant alone
 CHECKPOINT_SECONDS = 10.0  # between checkpoints of one run
 Control = Literal["same", "fresh", "off"]
@@ -137,39 +137,38 @@ class Contestant:
 
 
 class Probe:
-    """Measures again what the steps of an arm's stored runs cost, in blocks spread over the steps they took.
+    """Measures again what the steps of a stored run cost, in blocks spread over the steps that it took.
 
-    Each seed has blocks of its own, so that the spread of its clock is in the interval as it was in the race.
+    Each seed has a probe of its own, beside the new runs of that seed, so that what the machine does meanwhile falls on
+    all of them, and the spread of the clock is in the interval as it was in the race. Together the probes of an arm
+    take about the steps of one run.
     """
 
-    def __init__(self, workload: Workload, entry: Entry) -> None:
-        self.entry, self.state = entry, "running"
-        self.trainer = make_trainer(workload, entry.arm, entry.seeds[0])
-        counted = [_steps_counted(run) for run in entry.runs.values()]
-        self.steps = max(1, max(counted, default=self.trainer.plan.steps))
-        self.watches = [Stopwatch() for _ in entry.seeds]
-        self.blocks = PROBE_BLOCKS * len(entry.seeds)
-        self.size = max(1, self.steps // self.blocks)
-        self.done = 0
+    def __init__(self, workload: Workload, entry: Entry, seed: int) -> None:
+        self.entry, self.seed, self.state = entry, seed, "running"
+        self.trainer = make_trainer(workload, entry.arm, seed)
+        stored = entry.runs.get(seed)
+        self.steps = max(1, _steps_counted(stored) if stored else self.trainer.plan.steps)
+        self.size = max(1, self.steps // (PROBE_BLOCKS * len(entry.seeds)))
+        self.watch, self.done = Stopwatch(), 0
         self.trainer.advance(1)
 
     def block(self) -> None:
         """Some steps from where this block belongs in the run."""
         last = self.trainer.plan.steps - self.size
-        self.trainer.seek(min(last, self.steps * self.done // self.blocks))
-        with self.watches[self.done % len(self.watches)].ticking():
+        self.trainer.seek(min(last, self.steps * self.done // PROBE_BLOCKS))
+        with self.watch.ticking():
             self.trainer.advance(self.size)
         self.done += 1
-        if self.done == self.blocks:
+        if self.done == PROBE_BLOCKS:
             taken = PROBE_BLOCKS * self.size
-            for seed, watch in zip(self.entry.seeds, self.watches):
-                self.entry.costs[seed] = (watch.wall / taken, watch.cpu / taken)
+            self.entry.costs[self.seed] = (self.watch.wall / taken, self.watch.cpu / taken)
             self.state = "measured"
 
     def standing(self) -> Standing:
         """Where it is."""
-        label, clock = f"{self.entry.label} (stored; its cost)", sum(watch.wall for watch in self.watches)
-        return Standing(label, -1, self.done / self.blocks, self.trainer.loss, None, clock, self.state)
+        label, share = f"{self.entry.label} (stored; its cost)", self.done / PROBE_BLOCKS
+        return Standing(label, self.seed, share, self.trainer.loss, None, self.watch.wall, self.state)
 
     def interrupt(self) -> None:
         """Nothing to keep: a cost counts when all its blocks are measured."""
@@ -241,23 +240,26 @@ def _run_rounds(
     order: list[Entry],
     watch: Callable[[Sequence[Standing]], None],
 ) -> None:
-    """Seed by seed, the contestants that are missing, in blocks of random order; probes in the first round."""
+    """Seed by seed, the contestants that are missing, in blocks of random order, with probes of what is stored."""
     for arm in {id(entry.arm): entry.arm for entry in entries}.values():
         make_trainer(workload, arm, seed=0).advance(1)  # what is paid once a process is on nobody's clock
-    resumed = [
-        entry
+    resumed = {
+        (entry, seed)
         for entry, seed in missing
         if (run := store.find(_identity(workload, entry, seed, target))) and checkpoint.find(run.checkpoints)
-    ]
-    waiting: list[Contestant | Probe] = [
-        Probe(workload, entry) for entry in entries if entry.runs or entry in resumed
-    ]
+    }
+    waiting: list[Contestant | Probe] = []
     seats = max((len(entry.seeds) for entry in entries), default=0)
     for seat in range(seats):
-        field: list[Contestant | Probe] = waiting
-        waiting = []
-        for entry, seed in missing:
-            if entry.seeds[seat] == seed:
+        seated = [(entry, entry.seeds[seat]) for entry in entries if seat < len(entry.seeds)]
+        field, waiting = waiting, []
+        field += [
+            Probe(workload, entry, seed)
+            for entry, seed in seated
+            if seed in entry.runs or (entry, seed) in resumed
+        ]
+        for entry, seed in seated:
+            if (entry, seed) in missing:
                 run = open_run(store, workload, entry, seed, target, sitting)
                 entry.runs[seed] = run
                 field.append(Contestant(workload, entry, seed, run, target))
