@@ -72,7 +72,7 @@ def summarise_quality(store: Store, record: dict[str, Any]) -> EqualSummary:
             f"quality {record['id']} has no race yet: it is {record['state']}; run it again to go on"
         )
     race = summarise(store, store.race(record["race"]))
-    unit: Unit = "wall" if figures.timed(race) else "examples"
+    unit: Unit = "wall" if race.timed else "examples"
     cells, left_out = _cells(record, race, unit)
     base = [cell for cell in cells if cell.recipe == record["base"]]
     others = dict.fromkeys(cell.recipe for cell in cells if cell.recipe != record["base"])

@@ -82,13 +82,8 @@ def places(summary: Summary) -> dict[str, quality.Place]:
     return quality.on_frontier(arms, falls=summary.race["falls"]) if len(arms) > 1 else {}
 
 
-def timed(summary: Summary) -> bool:
-    """Whether all runs have seconds that compare."""
-    return all(arm.timed for arm in summary.arms if arm.results)
-
-
 def _ends(summary: Summary, arm: Arm) -> list[tuple[float, float]]:
-    axis = 1 if timed(summary) else 0
+    axis = 1 if summary.timed else 0
     last = [result.points[-1] for result in arm.results if result.points and result.state != "failed"]
     return [(float(point[axis] or point[0]), point[2]) for point in last]
 
@@ -268,7 +263,7 @@ def frontier(summary: Summary) -> Drawing | None:
     found = places(summary)
     if not found:
         return None
-    unit = "seconds" if timed(summary) else "steps"
+    unit = "seconds" if summary.timed else "steps"
     return Drawing(
         "frontier", f"Cost and final {summary.race['metric']}",
         "mean cost and mean quality of each arm, as in the table below",

@@ -44,13 +44,8 @@ def _of_arm(arm: list[Outcome], base: list[Outcome] | None) -> Missed:
     )
 
 
-def unit(summary: Summary) -> str:
-    """ "wall" where all runs have seconds that compare, else "steps"."""
-    return "wall" if all(arm.timed for arm in summary.arms if arm.results) else "steps"
-
-
 def _outcomes(summary: Summary) -> dict[str, list[Outcome]]:
-    by = unit(summary)
+    by = "wall" if summary.timed else "steps"
     arms: dict[str, Arm] = {arm.name: arm for arm in summary.arms if arm.results}
     longest = max((getattr(run, by) or 0.0 for arm in arms.values() for run in arm.results), default=0.0)
     return {name: [run.outcome(by, longest) for run in arm.results] for name, arm in arms.items()}
@@ -60,7 +55,7 @@ def reached_by_then(summary: Summary, colours: list[str]) -> Drawing | None:
     """The share of each arm's runs that have reached the target, over time; `colours` are the arms' variables."""
     if not missed(summary):
         return None
-    words = "seconds of training" if unit(summary) == "wall" else "steps"
+    words = "seconds of training" if summary.timed else "steps"
     return Drawing(
         "reached", "Runs that have reached the target",
         "share of each arm's runs at the target over time; medians are in the table of misses",

@@ -22,13 +22,12 @@ def on_the_way(summary: Summary) -> dict[float, dict[str, SpeedUp]]:
     reference = next((arm for arm in summary.arms if arm.name == race["reference"]), None)
     if race["target"] is None or reference is None or not reference.hits:
         return {}
-    timed = all(arm.timed for arm in summary.arms if arm.results)
     found: dict[float, dict[str, SpeedUp]] = {}
     for target in _targets(summary, reference):
-        base = _outcomes(summary, reference, target, timed)
+        base = _outcomes(summary, reference, target)
         others = {arm.name: arm for arm in summary.arms if arm is not reference and arm.results}
         if base:
-            arms = {name: _outcomes(summary, arm, target, timed) for name, arm in others.items()}
+            arms = {name: _outcomes(summary, arm, target) for name, arm in others.items()}
             found[target] = {name: speed_up(base, runs) for name, runs in arms.items() if runs}
     return found
 
@@ -52,13 +51,13 @@ def _metric_at(result: Result, step: float) -> float | None:
     return next((value for at, _, value in reversed(result.points) if at <= step), None)
 
 
-def _outcomes(summary: Summary, arm: Arm, target: float, timed: bool) -> list[Outcome]:
+def _outcomes(summary: Summary, arm: Arm, target: float) -> list[Outcome]:
     """When each run of an arm reached an easier target; empty where some run was never evaluated."""
     metric, falls = summary.race["metric"], summary.race["falls"]
     outcomes = []
     for result in arm.results:
         rows: list[Row] = [
-            {"step": step, "unit": wall if timed else step, metric: value}
+            {"step": step, "unit": wall if summary.timed else step, metric: value}
             for step, wall, value in result.points
         ]
         if not rows or any(not row["unit"] for row in rows):

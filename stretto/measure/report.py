@@ -123,7 +123,7 @@ def _shown(part: Part, prefix: str) -> dict[str, Any]:
         "costs": figures.costs(summary),
         "operations": figures.operations(summary),
         "places": figures.places(summary),
-        "timed": figures.timed(summary),
+        "timed": summary.timed,
         "facts": {part: _facts(summary.runs, part) for part in ("machine", "execution", "versions")},
     }
 

@@ -121,6 +121,11 @@ class Summary:
     runs: tuple[Run, ...]
 
     @property
+    def timed(self) -> bool:
+        """Whether all runs have seconds that compare."""
+        return all(arm.timed for arm in self.arms if arm.results)
+
+    @property
     def goal(self) -> str:
         """The target in words: "loss 2.01"."""
         target, smooth = self.race["target"], self.race.get("smooth", 1)

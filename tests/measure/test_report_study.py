@@ -141,7 +141,7 @@ def test_a_study_of_runs_that_were_trained_to_the_end(tmp_path):
     store = Store(tmp_path / "runs")
     study = make_study(store, sitting="another")
     part = sources.study_part(store, study)
-    assert part.study.unit == "steps" and not figures.timed(part.summary)
+    assert part.study.unit == "steps" and not part.summary.timed
     text = report.page([part])
     assert "in steps" in text and "steps trained" in text and figures.costs(part.summary) == {}
 
