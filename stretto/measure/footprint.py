@@ -20,14 +20,10 @@ COUNTED = 5  # steps, spread over a run, whose operations are counted
 
 
 class Footprint(NamedTuple):
-    """What the steps of an arm need."""
+    """What the steps of an arm need; none where it could not be found out, memory on systems other than Linux."""
 
-    memory: (
-        int | None
-    )  # bytes at the peak beyond the imports; none where the system does not tell (but Linux)
-    flops: (
-        int | None
-    )  # of a step on average, in products, convolutions and attention; a cross-check of its cost
+    memory: int | None  # bytes at the peak, beyond what importing takes
+    flops: int | None  # of a step on average: products, convolutions and attention
 
 
 UNKNOWN = Footprint(None, None)
