@@ -18,6 +18,7 @@ from stretto.optim.symmetric import Rate, halved
 
 SQUARED = ("adam", "rmsprop", "adagrad")  # grafting rules that keep squares
 ENTRIES = 1 << 21  # of the factors that the CPU refreshes at once
+LARGE = 1 << 18  # entries of a tensor, from which on a copy into a stack is dearer than a call of its own
 BASED = ("eigen", "soap")  # directions that keep bases, not roots
 
 
@@ -214,12 +215,13 @@ class Bucket:
         self._write(step, shrink(self.group, keep), present)
 
     def _is_adam(self) -> bool:
-        """Whether the step is AdamW's and nothing else, on the CPU, where each pass over large tables is dear."""
+        """Whether the step is AdamW's and nothing else, of tensors so large that the CPU should pass over them once."""
         group, rule = self.group, self.rule
         beta1, lr = group["betas"][0], group["lr"]
         return (
             (rule.direction, rule.graft, rule.summed) == ("diagonal", "adam", False)
-            and self.device.type == "cpu" and self.steps >= 0 and not self.masked
+            and self.device.type == "cpu" and self.size >= LARGE * len(self.params)
+            and self.steps >= 0 and not self.masked
             and beta1 > 0 and group["beta3"] in (None, beta1) and group["bias_correction"]
             and not group["momentum"] and group["clip"] is None and float(lr) > 0
             and not (group["decay"] == "l2" and group["weight_decay"])
