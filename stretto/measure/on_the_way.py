@@ -53,11 +53,11 @@ def _metric_at(result: Result, step: float) -> float | None:
 
 def _outcomes(summary: Summary, arm: Arm, target: float) -> list[Outcome]:
     """When each run of an arm reached an easier target; empty where some run was never evaluated."""
-    metric, falls = summary.race["metric"], summary.race["falls"]
+    metric, falls, timed = summary.race["metric"], summary.race["falls"], summary.timed
     outcomes = []
     for result in arm.results:
         rows: list[Row] = [
-            {"step": step, "unit": wall if summary.timed else step, metric: value}
+            {"step": step, "unit": wall if timed else step, metric: value}
             for step, wall, value in result.points
         ]
         if not rows or any(not row["unit"] for row in rows):
