@@ -141,7 +141,7 @@ class Probe:
 
     Each seed has a probe of its own, beside the new runs of that seed, so that what the machine does meanwhile falls on
     all of them, and the spread of the clock is in the interval as it was in the race. Together the probes of an arm
-    take about the steps of one run.
+    take about the steps of one run, or PROBE_BLOCKS a seed where those are more.
     """
 
     def __init__(self, workload: Workload, entry: Entry, seed: int) -> None:

@@ -115,9 +115,7 @@ def _fit(study: dict[str, Any], race: Summary, unit: Unit) -> effects.Fit | None
         return None
     longest = max(getattr(result, unit) or 0.0 for _, result in runs)
     outcomes: list[Outcome] = [result.outcome(unit, longest) for _, result in runs]
-    if all(
-        outcome.reached for outcome in outcomes
-    ):  # least squares on the times of the crossings, as in races
+    if all(outcome.reached for outcome in outcomes):  # least squares on crossings' times, as in races
         outcomes = [replace(outcome, before=None) for outcome in outcomes]
     return effects.fit(
         factors(study), np.array([row for row, _ in runs]), outcomes, tells_with_pairs(design_of(study))
